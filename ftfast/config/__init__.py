@@ -1,0 +1,1 @@
+"""Settings: dataclasses (schema), strict YAML, merging with origins, validation."""

@@ -1,0 +1,1 @@
+"""Images with texts or labels: tables, folders, tars, the built-in set, samplers and loaders."""

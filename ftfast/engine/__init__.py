@@ -1,0 +1,1 @@
+"""The loop that runs any recipe: devices, precision, checkpoints, resume, logs."""

@@ -1,0 +1,1 @@
+"""Use of ftfast inside other people's trainers."""

@@ -1,0 +1,1 @@
+"""Towers: open_clip models, the built-in tiny CLIPs, freezing, saving."""

@@ -1,0 +1,1 @@
+"""Methods as declarations: which terms on which batch with which weight. One file each."""

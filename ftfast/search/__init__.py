@@ -1,0 +1,1 @@
+"""Exact nearest neighbours: the only user of the C++/CUDA extension."""

@@ -1,0 +1,1 @@
+"""Everything that looks at parameters: Fisher estimation, anchors, the anchored optimizer, interpolation."""

@@ -1,0 +1,1 @@
+"""Fused operations on tensors: similarity losses, penalties, Fisher accumulation. Imported as ``ftfast.kernels``."""
