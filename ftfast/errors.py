@@ -52,7 +52,9 @@ class MissingExtraError(FtfastError):
     exit_code = 2
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package '{package}', which is not installed. Run: pip install 'ftfast[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed. Run: pip install 'ftfast[{extra}]'"
+        )
 
 
 class TrainingError(FtfastError):

@@ -17,7 +17,7 @@ class ModelConfig:
     """Which CLIP is tuned, and which parts of it may move."""
 
     name: str = "tiny-clip-v1"
-    """open_clip model name ("ViT-B-16"), a folder ("local-dir:path"), or a built-in ("tiny-clip-v1", "tiny-clip-v2")."""
+    """open_clip name ("ViT-B-16"), folder ("local-dir:path") or built-in ("tiny-clip-v1", "tiny-clip-v2")."""
     pretrained: str = ""
     """open_clip pretrained tag ("openai") or a weights file; empty for built-ins and local-dir folders."""
     lock_image: bool = False
@@ -41,7 +41,7 @@ class DataConfig:
     """One source of images with texts, labels, both or neither."""
 
     path: str = ""
-    """Table (.csv .tsv .jsonl .parquet), class folders, folder of image + .txt, tars ("{000..009}.tar"), or or "builtin:..."."""
+    """Table (.csv .tsv .jsonl .parquet), class folders, folder of image + .txt, tars ("{0..9}.tar"), "builtin:..."."""
     format: Literal["auto", "table", "imagefolder", "pairs", "webdataset", "builtin", "images"] = "auto"
     """How to read path; "auto" infers it and prints what it found."""
     image_column: str = ""
