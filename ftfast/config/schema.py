@@ -56,6 +56,14 @@ class DataConfig:
     """Prompt templates for class names; "{}" stands for the name."""
     min_images_per_class: int = 2
     """Fewest images a class may have; retrieval and a train/validation split need two."""
+    split: Literal["all", "train", "val"] = "all"
+    """Use everything, or one side of a fixed split of this source (see split_by, val_fraction, split_seed)."""
+    split_by: Literal["classes", "images"] = "classes"
+    """How to divide: "classes" puts every class on one side (open-set retrieval), "images" divides images."""
+    val_fraction: float = 0.2
+    """Share of classes or images on the validation side of the split."""
+    split_seed: int = 42
+    """Seed of the split."""
     max_bad_fraction: float = 0.01
     """Stop when more than this share of images cannot be decoded; below it they are counted and skipped."""
 
