@@ -1,1 +1,7 @@
-"""Exact nearest neighbours: the only user of the C++/CUDA extension."""
+"""Exact nearest-neighbour search: `topk` over arrays."""
+
+from __future__ import annotations
+
+from ftfast.search.topk import topk
+
+__all__ = ["topk"]
