@@ -1,1 +1,23 @@
 """Fused operations on tensors: similarity losses, penalties, Fisher accumulation. Imported as ``ftfast.kernels``."""
+
+from __future__ import annotations
+
+from .classification import classification_loss
+from .clip import clip_loss
+from .dispatch import BACKENDS, choose, explain
+from .distillation import DistillOptions, feature_distillation_loss, similarity_distillation_loss
+from .siglip import siglip_loss
+from .supervised import supervised_contrastive_loss
+
+__all__ = [
+    "BACKENDS",
+    "DistillOptions",
+    "choose",
+    "classification_loss",
+    "clip_loss",
+    "explain",
+    "feature_distillation_loss",
+    "siglip_loss",
+    "similarity_distillation_loss",
+    "supervised_contrastive_loss",
+]

@@ -1,0 +1,213 @@
+"""Anchored weight-space steps over lists of tensors: the penalty with its gradient, and AdamW with an anchor inside.
+
+Three implementations stand behind each function: C++ loops for CPU tensors (one pass over memory), a multi-tensor
+Triton launch for CUDA tensors, and PyTorch ``foreach`` operations everywhere else. ``backend="auto"`` picks by device,
+dtype and layout; asking for one by name raises when it cannot run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ftfast.errors import ShapeError
+
+__all__ = ["AdamWHyper", "AnchorMode", "Anchors", "adamw_anchored_", "anchor_penalty"]
+
+AnchorMode = Literal["coupled", "decoupled", "proximal"]
+MODES: tuple[AnchorMode, ...] = ("coupled", "decoupled", "proximal")
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """What each tensor of a list is held to: ``c_i sum F_i (theta_i - theta*_i)^2``.
+
+    Args:
+        starts: theta* per tensor, or None where the tensor has no anchor.
+        precisions: Elementwise importance F per tensor; None means one everywhere.
+        coefficients: The scalar c per tensor.
+    """
+
+    starts: Sequence[Tensor | None]
+    precisions: Sequence[Tensor | None]
+    coefficients: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if not len(self.starts) == len(self.precisions) == len(self.coefficients):
+            raise ShapeError(
+                f"anchors need lists of one length, got {len(self.starts)} starts, {len(self.precisions)} precisions "
+                f"and {len(self.coefficients)} coefficients; give one entry per tensor"
+            )
+
+    def check(self, params: Sequence[Tensor]) -> None:
+        """Compare shapes and devices with the weights.
+
+        Args:
+            params: The weights, in the order of the lists.
+
+        Raises:
+            ShapeError: A length, shape or device differs.
+        """
+        if len(params) != len(self.starts):
+            raise ShapeError(f"{len(params)} weight tensors but {len(self.starts)} anchors; give one per tensor")
+        for index, param in enumerate(params):
+            for label, other in (("anchor", self.starts[index]), ("precision", self.precisions[index])):
+                if other is not None and (other.shape != param.shape or other.device != param.device):
+                    raise ShapeError(
+                        f"tensor {index}: weights are {tuple(param.shape)} on {param.device} but the {label} is "
+                        f"{tuple(other.shape)} on {other.device}; they must match"
+                    )
+
+
+@dataclass(frozen=True)
+class AdamWHyper:
+    """Numbers of one AdamW step.
+
+    Args:
+        lr: Learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay.
+        step: This step's number, counted from 1 (bias correction).
+        mode: How the anchor acts, see :func:`adamw_anchored_`.
+    """
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    step: int = 1
+    mode: AnchorMode = "coupled"
+
+
+def anchor_penalty(params: Sequence[Tensor], anchors: Anchors, *, grads: Sequence[Tensor] | None = None) -> Tensor:
+    """Penalty ``sum_i c_i sum F_i (theta_i - theta*_i)^2``, and its gradient added in place where asked.
+
+    Args:
+        params: Weights theta; any shapes, floating dtypes; empty tensors allowed.
+        anchors: theta*, F and c per tensor.
+        grads: If given, ``2 c F (theta - theta*)`` is added to each of these tensors.
+
+    Returns:
+        The penalty, a float32 scalar on the device of the weights (cpu for an empty list).
+
+    Raises:
+        ShapeError: Lengths, shapes or devices do not match.
+    """
+    anchors.check(params)
+    if grads is not None and len(grads) != len(params):
+        raise ShapeError(f"{len(params)} weight tensors but {len(grads)} gradients; give one per tensor")
+    total = torch.zeros((), dtype=torch.float32, device=params[0].device if params else None)
+    with torch.no_grad():
+        for index, param in enumerate(params):
+            start, coefficient = anchors.starts[index], float(anchors.coefficients[index])
+            if start is None or coefficient == 0.0 or param.numel() == 0:
+                continue
+            pull, value = _pull_and_penalty(param, start, anchors.precisions[index], coefficient)
+            total += value
+            if grads is not None:
+                grads[index].add_(pull.to(grads[index].dtype))
+    return total
+
+
+def _pull_and_penalty(
+    param: Tensor, start: Tensor, precision: Tensor | None, coefficient: float
+) -> tuple[Tensor, Tensor]:
+    """Gradient ``2 c F (theta - theta*)`` in float32 or wider, and the penalty, of one tensor."""
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    delta = param.to(dtype) - start.to(dtype)
+    pull = delta * (2.0 * coefficient) if precision is None else precision.to(dtype) * delta * (2.0 * coefficient)
+    return pull, 0.5 * (pull * delta).sum(dtype=dtype).to(torch.float32)
+
+
+def adamw_anchored_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    hyper: AdamWHyper,
+    anchors: Anchors | None = None,
+) -> Tensor:
+    """One AdamW step with a quadratic anchor, in place.
+
+    With ``pull = 2 c F (theta - theta*)`` at the weights before the step:
+
+    * ``coupled``: ``grad + pull`` goes through Adam like any loss gradient (``grads`` itself is not changed);
+    * ``decoupled``: ``theta <- theta - lr pull`` beside the Adam update, as AdamW does with weight decay;
+    * ``proximal``: after the Adam update ``theta <- (theta + eta theta*) / (1 + eta)``, ``eta = 2 lr c F``: the exact
+      minimiser, stable for any strength.
+
+    Args:
+        params: Weights, changed in place.
+        grads: Gradients of the loss.
+        exp_avgs: First moments, changed in place.
+        exp_avg_sqs: Second moments, changed in place.
+        hyper: Learning rate, betas, eps, weight decay, step number and mode.
+        anchors: theta*, F and c per tensor; None is plain AdamW.
+
+    Returns:
+        The penalty at the weights before the step, a float32 scalar on their device.
+
+    Raises:
+        ShapeError: Lengths, shapes or devices do not match, or the mode is unknown.
+    """
+    if hyper.mode not in MODES:
+        raise ShapeError(f"anchor mode '{hyper.mode}' is unknown; use one of {', '.join(MODES)}")
+    lengths = {len(params), len(grads), len(exp_avgs), len(exp_avg_sqs)}
+    if len(lengths) != 1:
+        raise ShapeError(f"params, grads and moments must be lists of one length, got lengths {sorted(lengths)}")
+    if anchors is not None:
+        anchors.check(params)
+    total = torch.zeros((), dtype=torch.float32, device=params[0].device if params else None)
+    with torch.no_grad():
+        for index in range(len(params)):
+            anchor = None if anchors is None else _anchor_of(anchors, index)
+            total += _step_one(params[index], grads[index], exp_avgs[index], exp_avg_sqs[index], hyper, anchor)
+    return total
+
+
+def _anchor_of(anchors: Anchors, index: int) -> tuple[Tensor, Tensor | None, float] | None:
+    """The anchor of one tensor, or None where it has none."""
+    start, coefficient = anchors.starts[index], float(anchors.coefficients[index])
+    return None if start is None or coefficient == 0.0 else (start, anchors.precisions[index], coefficient)
+
+
+def _step_one(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    hyper: AdamWHyper,
+    anchor: tuple[Tensor, Tensor | None, float] | None,
+) -> Tensor:
+    """The step on one tensor with ordinary PyTorch operations; returns the penalty."""
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    weights, grad = param.to(dtype), grad.to(dtype)
+    penalty, pull = torch.zeros((), device=param.device), None
+    if anchor is not None:
+        pull, penalty = _pull_and_penalty(param, *anchor)
+        if hyper.mode == "coupled":
+            grad = grad + pull
+    first = exp_avg.to(dtype).lerp(grad, 1 - hyper.beta1)
+    second = exp_avg_sq.to(dtype).mul(hyper.beta2).addcmul(grad, grad, value=1 - hyper.beta2)
+    denominator = (second.sqrt() / math.sqrt(1 - hyper.beta2**hyper.step)).add_(hyper.eps)
+    new = weights * (1 - hyper.lr * hyper.weight_decay)
+    if pull is not None and hyper.mode == "decoupled":
+        new.sub_(pull, alpha=hyper.lr)
+    new.addcdiv_(first, denominator, value=-hyper.lr / (1 - hyper.beta1**hyper.step))
+    if anchor is not None and hyper.mode == "proximal":
+        start, precision, coefficient = anchor
+        eta: Tensor | float = 2.0 * hyper.lr * coefficient
+        eta = eta if precision is None else precision.to(dtype) * eta
+        new = (new + eta * start.to(dtype)) / (1 + eta)
+    param.copy_(new)
+    exp_avg.copy_(first)
+    exp_avg_sq.copy_(second)
+    return penalty

@@ -1,0 +1,154 @@
+"""Distillation between two similarity matrices, and between two sets of features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ftfast.errors import ConfigError, ShapeError
+
+from . import reference
+from .checks import as_scalar, check_choice, check_features, check_same_rows
+from .dispatch import choose
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """How the student's similarities are compared with the teacher's.
+
+    Raises:
+        ConfigError: If a value is not allowed.
+    """
+
+    kind: str = "forward_kl"
+    """"forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher) or "soft_cross_entropy"."""
+    temperature: float = 1.0
+    """Divisor of both sides' logits; GIFT and ZSCL use 2."""
+    temperature_squared: bool = True
+    """Multiply the loss by temperature², which keeps gradients comparable between temperatures."""
+    directions: str = "both"
+    """"both" (average of the two), "image" (softmax over columns) or "text" (softmax over rows)."""
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        check_choice("kind", self.kind, ("forward_kl", "reverse_kl", "soft_cross_entropy"))
+        check_choice("directions", self.directions, ("both", "image", "text"))
+        if not self.temperature > 0:
+            raise ConfigError(f"temperature is {self.temperature}; it must be positive")
+
+
+def similarity_distillation_loss(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    logit_scale: Tensor | float,
+    *,
+    teacher_logit_scale: Tensor | float | None = None,
+    teacher_logits: Tensor | None = None,
+    options: DistillOptions | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Divergence of the student's image-text similarities from a frozen teacher's.
+
+    S = logit_scale · I Tᵀ / temperature (student), P = teacher_logit_scale · I' T'ᵀ / temperature (teacher, constant)
+    loss = temperature² · average over directions of mean_i D(softmax P_i, softmax S_i)
+
+    Args:
+        student_image: (B, D) rows of unit length; float32, float16 or bfloat16.
+        student_text: (C, D): the batch's texts (C = B) or class prompts.
+        teacher_image: (B, D') from the frozen teacher; its width may differ. None with ``teacher_logits``.
+        teacher_text: (C, D') from the frozen teacher. None with ``teacher_logits``.
+        logit_scale: The student's multiplier, 0-d tensor or number.
+        teacher_logit_scale: The teacher's multiplier; default the student's value, without gradient.
+        teacher_logits: (B, C) teacher logits including their scale, instead of teacher features.
+        options: Divergence, temperature, directions; default :class:`DistillOptions`.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        0-d float32 loss; differentiable in the student's features and scale.
+
+    Raises:
+        ShapeError: If shapes, dtypes or devices do not fit, or teacher tensors require grad.
+
+    Memory: O((B + C)·(D + D') + block), never B x C (besides ``teacher_logits`` itself). Determinism: bitwise.
+
+    Source: ZSCL and GIFT ("soft_cross_entropy", T = 2, directions summed: twice this average); CLIP-CITE eq. 5
+    ("reverse_kl" as printed); open_clip's DistillClipLoss ("soft_cross_entropy", T = 1).
+    """
+    options = options or DistillOptions()
+    check_features(student_image=student_image, student_text=student_text)
+    scale = as_scalar(logit_scale, student_image, "logit_scale")
+    teacher_scale = (
+        scale if teacher_logit_scale is None else as_scalar(teacher_logit_scale, scale, "teacher_logit_scale")
+    )
+    check_teacher(student_image, student_text, teacher_image, teacher_text, teacher_logits)
+    choose(backend, student_image)
+    return reference.similarity_distillation_loss_reference(
+        student_image,
+        student_text,
+        teacher_image,
+        teacher_text,
+        scale,
+        teacher_logit_scale=teacher_scale,
+        teacher_logits=teacher_logits,
+        options=options,
+    )
+
+
+def check_teacher(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor | None,
+    teacher_text: Tensor | None,
+    teacher_logits: Tensor | None,
+) -> None:
+    """Require frozen teacher features or frozen teacher logits that fit the student.
+
+    Raises:
+        ShapeError: Naming what is missing, has the wrong shape or requires grad.
+    """
+    if teacher_logits is not None:
+        expected = (student_image.shape[0], student_text.shape[0])
+        if tuple(teacher_logits.shape) != expected:
+            raise ShapeError(f"teacher_logits must have shape {expected}, got {tuple(teacher_logits.shape)}")
+    elif teacher_image is None or teacher_text is None:
+        raise ShapeError("give teacher_image and teacher_text, or teacher_logits")
+    else:
+        check_features(teacher_image=teacher_image, teacher_text=teacher_text)
+        check_same_rows(student_image=student_image, teacher_image=teacher_image)
+        check_same_rows(student_text=student_text, teacher_text=teacher_text)
+    named = {"teacher_image": teacher_image, "teacher_text": teacher_text, "teacher_logits": teacher_logits}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ShapeError(f"{name} requires grad, but the teacher is frozen; detach it or use torch.no_grad()")
+
+
+def feature_distillation_loss(student: Tensor, teacher: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Squared difference between student and frozen teacher features.
+
+    loss = mean_b mean_d (student_bd - teacher_bd)²; for unit rows this equals (2 - 2 cos) / D averaged over rows.
+
+    Args:
+        student: (B, D) features; float32, float16 or bfloat16.
+        teacher: (B, D) frozen features.
+        reduction: "mean" over batch and width (INFUSING), "mean_of_sums" over the batch only, or "sum".
+
+    Returns:
+        0-d float32 loss; differentiable in ``student``.
+
+    Raises:
+        ShapeError: If the shapes differ or the teacher requires grad.
+        ConfigError: If the reduction is unknown.
+
+    Memory: O(B·D). Determinism: bitwise.
+
+    Source: INFUSING (arXiv 2508.12137), embedding distillation, weight 1000 in the paper's code.
+    """
+    check_features(student=student, teacher=teacher)
+    check_same_rows(student=student, teacher=teacher)
+    check_choice("reduction", reduction, ("mean", "mean_of_sums", "sum"))
+    if teacher.requires_grad:
+        raise ShapeError("teacher requires grad, but the teacher is frozen; detach it or use torch.no_grad()")
+    return reference.feature_distillation_loss_reference(student, teacher, reduction=reduction)
