@@ -10,7 +10,7 @@ import yaml
 
 from ftfast.config.aliases import explain_unknown
 from ftfast.config.settings import SHORTHAND_FIELD, SettingsIndex, optional_inner
-from ftfast.config.yaml_io import INVALID, Reader, Source
+from ftfast.config.yaml_io import INVALID, Reader, Source, scalar_node
 from ftfast.errors import ConfigError
 
 SHORTHANDS: dict[str, str] = {
@@ -196,7 +196,7 @@ def read_flags(argv: Sequence[str], index: SettingsIndex, reader: Reader) -> dic
         if value is INVALID:
             reader.failed.add(path)
         else:
-            found[path] = (value, source.origin(node or _scalar("")))
+            found[path] = (value, source.origin(node or scalar_node("")))
     return found
 
 
@@ -207,19 +207,15 @@ def _explain_flag(flag: str, index: SettingsIndex) -> str:
     return explain_unknown(path, index, flag=True, also=(*SHORTHANDS, *SWITCHES, "config", "resume"))
 
 
-def _scalar(text: str) -> yaml.ScalarNode:
-    return yaml.ScalarNode("tag:yaml.org,2002:str", text)
-
-
 def _flag_node(values: list[str], annotation: Any, negated: bool, flag: str, problems: list[str]) -> yaml.Node | None:
     inner, _ = optional_inner(annotation)
     if getattr(inner, "__origin__", None) is tuple:
         if len(values) == 1 and values[0][:1] in ("[", "{"):
             return _inline(values[0], flag, problems)
-        items: list[yaml.Node] = [_scalar(value) for value in values]
+        items: list[yaml.Node] = [scalar_node(value) for value in values]
         return yaml.SequenceNode("tag:yaml.org,2002:seq", items)
     if annotation is bool and not values:
-        return _scalar("false" if negated else "true")
+        return scalar_node("false" if negated else "true")
     if negated:
         problems.append(f"{flag} takes no value, got '{values[0]}'.")
         return None
@@ -227,7 +223,7 @@ def _flag_node(values: list[str], annotation: Any, negated: bool, flag: str, pro
         got = "none" if not values else "'" + "' '".join(values) + "'"
         problems.append(f"{flag} needs one value, got {got}.")
         return None
-    return _scalar(values[0])
+    return scalar_node(values[0])
 
 
 def _inline(text: str, flag: str, problems: list[str]) -> yaml.Node | None:

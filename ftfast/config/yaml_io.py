@@ -282,6 +282,11 @@ def nodes_of(values: Mapping[str, Any]) -> yaml.Node:
     return yaml.representer.SafeRepresenter(sort_keys=False).represent_data(dict(values))
 
 
+def scalar_node(text: str) -> yaml.ScalarNode:
+    """Make a node of one word from a command line."""
+    return yaml.ScalarNode("tag:yaml.org,2002:str", text)
+
+
 def plain(value: Any) -> Any:
     """Return dataclasses as dicts and tuples as lists, for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
