@@ -1,0 +1,215 @@
+"""Losses that hold a student to a frozen teacher: similarity matrices, features, and open_clip's combination."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ftfast import kernels
+from ftfast.errors import ConfigError
+from ftfast.kernels import DistillOptions
+from ftfast.losses.contrastive import ClipLoss
+from ftfast.losses.distributed import check_process_group
+
+
+class DistillClipLoss(ClipLoss):
+    """Contrastive loss and distillation of the teacher's similarities; replaces ``open_clip.DistillClipLoss``.
+
+    contrastive = ClipLoss(image, text);  distill = ½ [CE(softmax P, S) + CE(softmax Pᵀ, Sᵀ)]
+
+    with the student's S and the teacher's P = dist_logit_scale · dist_image_features · dist_text_featuresᵀ.
+    Arguments of the constructor are those of :class:`ClipLoss`; ``ring`` is not available.
+
+    Raises:
+        ConfigError: If ``ring`` is set.
+
+    Deviation from open_clip: the teacher must not require grad (there, its gradient would be computed).
+
+    Source: open_clip 3.3.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        ring: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if ring and world_size > 1:
+            raise ConfigError("DistillClipLoss(ring=True) is not available; use local_loss=True, gather_with_grad=True")
+        super().__init__(
+            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, ring=ring, backend=backend
+        )
+
+    def forward(  # type: ignore[override]  # open_clip's own signature differs from its base class in the same way
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """Compute both losses of one batch of matched pairs.
+
+        Args:
+            image_features: (b, D) L2-normalised rows of the student.
+            text_features: (b, D) L2-normalised rows of the student.
+            logit_scale: The student's multiplier, one element.
+            dist_image_features: (b, D') rows of the frozen teacher; its width may differ.
+            dist_text_features: (b, D') rows of the frozen teacher.
+            dist_logit_scale: The teacher's multiplier, one element.
+            output_dict: Return ``{"contrastive_loss": ..., "distill_loss": ...}``.
+
+        Returns:
+            (contrastive, distill), each 0-d float32, or the dictionary.
+
+        Raises:
+            ShapeError: If shapes do not fit or teacher features require grad.
+            ConfigError: If ``world_size`` > 1 and torch.distributed is not set up for it.
+        """
+        contrastive = self.contrast(image_features, text_features, logit_scale)
+        student, teacher = (image_features, text_features), (dist_image_features, dist_text_features)
+        distill = self._distill(student, teacher, logit_scale, dist_logit_scale)
+        if output_dict:
+            return {"contrastive_loss": contrastive, "distill_loss": distill}
+        return contrastive, distill
+
+    def _distill(
+        self,
+        student: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor],
+        logit_scale: Tensor | float,
+        teacher_logit_scale: Tensor | float,
+    ) -> Tensor:
+        def divergence(image: Tensor, text: Tensor, other_image: Tensor, other_text: Tensor, directions: str) -> Tensor:
+            return kernels.similarity_distillation_loss(
+                image,
+                text,
+                other_image,
+                other_text,
+                logit_scale,
+                teacher_logit_scale=teacher_logit_scale,
+                options=DistillOptions(kind="soft_cross_entropy", directions=directions),
+                backend=self.backend,
+            )
+
+        if self.world_size == 1:
+            return divergence(*student, *teacher, "both")
+        check_process_group(type(self).__name__, self.rank, self.world_size)
+        everybody = tuple(map(self.gather, student))
+        teachers = tuple(map(self.gather, teacher))
+        if not self.local_loss:
+            return divergence(*everybody, *teachers, "both")
+        image_rows = divergence(student[0], everybody[1], teacher[0], teachers[1], "image")
+        text_rows = divergence(student[1], everybody[0], teacher[1], teachers[0], "image")
+        return (image_rows + text_rows) / 2
+
+
+class SimilarityDistillLoss(nn.Module):
+    """Divergence of the student's image-text similarities from a frozen teacher's.
+
+    S = logit_scale · I Tᵀ / temperature (student), P likewise of the teacher;
+    loss = temperature² · average over directions of mean_i D(softmax P_i, softmax S_i)
+
+    Args:
+        kind: "forward_kl" KL(teacher || student), "reverse_kl" KL(student || teacher; CLIP-CITE as printed) or
+            "soft_cross_entropy" (ZSCL, GIFT, open_clip).
+        temperature: Divisor of both sides' logits. GIFT and ZSCL use 2, open_clip 1.
+        temperature_squared: Multiply by temperature², which keeps gradients comparable between temperatures.
+        directions: "both" (average; GIFT sums, so twice this), "image" (softmax over texts) or "text" (over images).
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        ConfigError: If an option has an unknown value.
+
+    Source: see :func:`ftfast.kernels.similarity_distillation_loss`.
+    """
+
+    def __init__(
+        self,
+        kind: str = "forward_kl",
+        temperature: float = 1.0,
+        temperature_squared: bool = True,
+        directions: str = "both",
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.options = DistillOptions(
+            kind=kind, temperature=temperature, temperature_squared=temperature_squared, directions=directions
+        )
+        self.backend = backend
+
+    def forward(
+        self,
+        student_image: Tensor,
+        student_text: Tensor,
+        teacher_image: Tensor,
+        teacher_text: Tensor,
+        logit_scale: Tensor | float,
+        teacher_logit_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """Compare one batch.
+
+        Args:
+            student_image: (B, D) L2-normalised rows.
+            student_text: (C, D) L2-normalised rows: the batch's texts, or class prompts.
+            teacher_image: (B, D') rows of the frozen teacher.
+            teacher_text: (C, D') rows of the frozen teacher.
+            logit_scale: The student's multiplier, one element.
+            teacher_logit_scale: The teacher's multiplier; default the student's, without gradient.
+
+        Returns:
+            The 0-d float32 loss.
+
+        Raises:
+            ShapeError: If shapes do not fit or teacher features require grad.
+        """
+        return kernels.similarity_distillation_loss(
+            student_image,
+            student_text,
+            teacher_image,
+            teacher_text,
+            logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            options=self.options,
+            backend=self.backend,
+        )
+
+
+class FeatureDistillLoss(nn.Module):
+    """Squared difference between student and frozen teacher features.
+
+    loss = mean_b mean_d (student - teacher)²
+
+    Args:
+        reduction: "mean" over batch and width (INFUSING, weight 1000), "mean_of_sums" over the batch only, or "sum".
+
+    Source: INFUSING (arXiv 2508.12137), embedding distillation.
+    """
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compare one batch.
+
+        Args:
+            student: (B, D) features.
+            teacher: (B, D) features of the frozen teacher.
+
+        Returns:
+            The 0-d float32 loss.
+
+        Raises:
+            ShapeError: If the shapes differ or the teacher requires grad.
+            ConfigError: If the reduction is unknown.
+        """
+        return kernels.feature_distillation_loss(student, teacher, reduction=self.reduction)
