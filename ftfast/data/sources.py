@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from ftfast.data.dataset import ImageDataset
 from ftfast.data.folders import natural_order
 from ftfast.data.images import ArrayImages, FileImages
 from ftfast.data.prompts import resolve_templates
+from ftfast.data.splits import split_classes, split_images
 from ftfast.data.tables import Columns, Table, is_table, read_table
 from ftfast.errors import DataError
 
@@ -34,6 +36,20 @@ def open_dataset(config: DataConfig) -> ImageDataset:
     """
     if not config.path:
         raise DataError("data.path is empty. Give a table, a folder of images, tars, or a built-in set.")
+    return _side(_open_whole(config), config)
+
+
+def _side(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
+    """Return the side of the source's fixed split that ``config.split`` names."""
+    if config.split == "all":
+        return dataset
+    divide = split_classes if config.split_by == "classes" else split_images
+    train, val = divide(dataset, 1.0 - config.val_fraction, config.split_seed)
+    chosen = train if config.split == "train" else val
+    return replace(chosen, origin=f"{dataset.origin}, {config.split} side by {config.split_by}")
+
+
+def _open_whole(config: DataConfig) -> ImageDataset:
     templates = resolve_templates(config.templates)
     form = _recognise(config) if config.format == "auto" else config.format
     if form == "builtin":
