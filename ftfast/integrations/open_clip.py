@@ -36,7 +36,7 @@ class Patch:
         self._changed: list[tuple[ModuleType, str, Any]] = []
 
     def apply(self) -> Patch:
-        """Replace the classes in every open_clip module that holds them, so that factories and imports see the new ones.
+        """Replace the classes in every open_clip module that holds them: its factories and later imports see ours.
 
         Returns:
             Itself.

@@ -216,10 +216,9 @@ class SigLipLoss(nn.Module):
         logit_bias: Tensor | float | None,
     ) -> Tensor:
         """Compute the loss as a tensor; see :meth:`forward`."""
-        if len(image_features) != len(text_features):
-            raise ShapeError(
-                f"text_features has {len(text_features)} rows but image_features has {len(image_features)}"
-            )
+        rows = len(image_features)
+        if rows != len(text_features):
+            raise ShapeError(f"text_features has {len(text_features)} rows but image_features has {rows}")
         if self.world_size == 1:
             return kernels.siglip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
         check_process_group(type(self).__name__, self.rank, self.world_size)
@@ -235,7 +234,7 @@ class SigLipLoss(nn.Module):
         all_text = gather_features(
             text_features, rank=self.rank, world_size=self.world_size, local_loss=True, gather_with_grad=True
         )
-        offset = self.rank * len(image_features)
+        offset = self.rank * rows
         return kernels.siglip_loss(
             image_features, all_text, logit_scale, logit_bias, offset=offset, backend=self.backend
         )

@@ -102,8 +102,8 @@ class DistillClipLoss(ClipLoss):
         if self.world_size == 1:
             return divergence(*student, *teacher, "both")
         check_process_group(type(self).__name__, self.rank, self.world_size)
-        everybody = tuple(map(self.gather, student))
-        teachers = tuple(map(self.gather, teacher))
+        everybody = self.gather(student[0]), self.gather(student[1])
+        teachers = self.gather(teacher[0]), self.gather(teacher[1])
         if not self.local_loss:
             return divergence(*everybody, *teachers, "both")
         image_rows = divergence(student[0], everybody[1], teacher[0], teachers[1], "image")

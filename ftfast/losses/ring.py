@@ -48,23 +48,23 @@ class _Transfer:
 
 def _walk(
     visitor: Tensor,
-    compare: Callable[[Tensor, int], Tensor | None],
+    compare: Callable[[Tensor, int], Tensor],
     merge: Callable[[Tensor, Tensor], Tensor],
     hops: int,
     direction: int = 1,
-) -> Tensor | None:
+) -> Tensor:
     """Send rows through ``hops`` other processes and return what all hosts accumulated about this process's rows.
 
     Args:
         visitor: This process's travelling rows.
         compare: Called with the visiting rows and their home's distance; returns a contribution to the visitor's
-            accumulator, or (at every distance) None. Distance 0 is this process itself.
+            accumulator. Distance 0 is this process itself.
         merge: Joins two contributions.
         hops: Other processes each visitor meets.
         direction: +1 sends to the next rank, -1 to the previous one.
 
     Returns:
-        The merged contributions to this process's own rows; None if there are none.
+        The merged contributions to this process's own rows.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     ahead, behind = (rank + direction) % world_size, (rank - direction) % world_size
@@ -73,13 +73,13 @@ def _walk(
     for distance in range(hops + 1):
         departing = _Transfer(visitor, ahead, behind, tag) if distance < hops else None
         contribution = compare(visitor, distance)
-        if arriving is not None and contribution is not None:
+        if arriving is not None:
             contribution = merge(arriving.wait(), contribution)
-        if distance < hops and contribution is not None:
+        if distance < hops:
             arriving = _Transfer(contribution, ahead, behind, tag + 1)
         if departing is not None:
             visitor = departing.wait()
-    if hops == 0 or contribution is None:
+    if hops == 0:
         return contribution
     home, guest = (rank - direction * hops) % world_size, (rank + direction * hops) % world_size
     return _Transfer(contribution, home, guest, tag + 2).wait()
@@ -189,12 +189,14 @@ class _RingSigLip(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=image.device)
 
+        nothing = torch.zeros((), device=image.device)
         for hops, direction in _routes(bidirectional):
 
-            def compare(visitor: Tensor, distance: int, direction: int = direction) -> None:
-                if distance > 0 or direction > 0:
+            def compare(visitor: Tensor, distance: int, direction: int = direction) -> Tensor:
+                if distance > 0 or direction > 0:  # both walks start at home
                     tile = kernels.siglip_loss(image, visitor, scale, bias, negative_only=distance > 0, backend=backend)
                     total.add_(tile)
+                return nothing
 
             _walk(text, compare, torch.add, hops, direction)
         ctx.save_for_backward(image, text, scale, bias)
@@ -217,12 +219,13 @@ class _RingSigLip(torch.autograd.Function):
                 gradient.add_(part)
             return visiting.float()
 
-        text_gradient = torch.zeros_like(text, dtype=torch.float32)
+        nothing = torch.zeros_like(text, dtype=torch.float32)
+        text_gradient = nothing
         for hops, direction in _routes(ctx.bidirectional):
 
             def host(visitor: Tensor, distance: int, direction: int = direction) -> Tensor:
-                once = distance > 0 or direction > 0  # both walks start at home
-                return compare(visitor, distance) if once else torch.zeros_like(text_gradient)
+                once = distance > 0 or direction > 0
+                return compare(visitor, distance) if once else nothing
 
             text_gradient = text_gradient + _walk(text, host, torch.add, hops, direction)
         like = zip([own[0], text_gradient, own[1], own[2]], (image, text, scale, bias), strict=True)
