@@ -6,17 +6,26 @@ from .classification import classification_loss
 from .clip import clip_loss
 from .dispatch import BACKENDS, choose, explain
 from .distillation import DistillOptions, feature_distillation_loss, similarity_distillation_loss
+from .pairs import PairStatistics, merge_statistics, pair_statistics, pair_statistics_backward
+from .relations import Relation, group_relation, positive_counts
 from .siglip import siglip_loss
 from .supervised import supervised_contrastive_loss
 
 __all__ = [
     "BACKENDS",
     "DistillOptions",
+    "PairStatistics",
+    "Relation",
     "choose",
     "classification_loss",
     "clip_loss",
     "explain",
     "feature_distillation_loss",
+    "group_relation",
+    "merge_statistics",
+    "pair_statistics",
+    "pair_statistics_backward",
+    "positive_counts",
     "siglip_loss",
     "similarity_distillation_loss",
     "supervised_contrastive_loss",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
+from .assemble import mean_over, uniform_mean
 from .checks import as_scalar, check_choice, check_features, check_ids, check_smoothing
 from .dispatch import choose
+from .pairs import pair_statistics
+from .relations import group_relation
 
 
 def classification_loss(
@@ -52,13 +59,39 @@ def classification_loss(
     check_choice("margin_type", margin_type, ("none", "arcface", "cosface"))
     check_smoothing(label_smoothing)
     scale = as_scalar(logit_scale, image_features, "logit_scale")
-    choose(backend, image_features)
-    return reference.classification_loss_reference(
-        image_features,
-        class_features,
-        labels,
-        scale,
-        label_smoothing=label_smoothing,
-        margin=margin,
-        margin_type=margin_type,
-    )
+    if choose(backend, image_features) == "reference":
+        return reference.classification_loss_reference(
+            image_features,
+            class_features,
+            labels,
+            scale,
+            label_smoothing=label_smoothing,
+            margin=margin,
+            margin_type=margin_type,
+        )
+    classes = torch.arange(class_features.shape[0], device=labels.device)
+    relation = group_relation(labels, classes, "target")
+    stats = pair_statistics(image_features, class_features, scale, relation, columns=False, backend=backend)
+    counted = (labels >= 0) & (labels < class_features.shape[0])
+    true_logit = stats.row_positive
+    moved = _apply_margin(true_logit, scale, margin, margin_type)
+    losses = F.softplus(stats.row_lse - moved, threshold=40)
+    if label_smoothing == 0:
+        return mean_over(losses, counted)
+    # The mean logit over classes, with the true class's logit moved by the margin.
+    uniform = uniform_mean(image_features, class_features, scale, counted)
+    shift = (moved - true_logit) / class_features.shape[0]
+    return mean_over(losses + label_smoothing * (moved - shift), counted) - label_smoothing * uniform
+
+
+def _apply_margin(logits: Tensor, scale: Tensor, margin: float, margin_type: str) -> Tensor:
+    """Return the true class's logits after the margin."""
+    if margin_type == "none":
+        return logits
+    if margin_type == "cosface":
+        return logits - scale * margin
+    # The clamp keeps acos differentiable; past pi - margin the logit goes on falling linearly.
+    cosines = logits / scale
+    angle = torch.acos(cosines.clamp(-1 + 1e-6, 1 - 1e-6))
+    fallback = cosines - margin * math.sin(margin)
+    return scale * torch.where(angle + margin <= math.pi, torch.cos(angle + margin), fallback)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import reference
+from .assemble import two_way_loss
 from .checks import as_scalar, check_choice, check_features, check_ids, check_same_rows, check_smoothing
 from .dispatch import choose
+from .relations import Relation, group_relation
 
 
 def clip_loss(
@@ -62,15 +64,28 @@ def clip_loss(
     text_labels = labels if text_labels is None else text_labels
     check_ids(text_features.shape[0], image_features.device, text_labels=text_labels)
     scale = as_scalar(logit_scale, image_features, "logit_scale")
-    choose(backend, image_features)
-    return reference.clip_loss_reference(
+    if choose(backend, image_features) == "reference":
+        return reference.clip_loss_reference(
+            image_features,
+            text_features,
+            scale,
+            logit_bias,
+            labels=labels,
+            text_labels=text_labels,
+            label_smoothing=label_smoothing,
+            directions=directions,
+            offset=offset,
+        )
+    relation = Relation("pair", offset) if labels is None else group_relation(labels, text_labels)
+    loss = two_way_loss(
         image_features,
         text_features,
         scale,
-        logit_bias,
-        labels=labels,
-        text_labels=text_labels,
-        label_smoothing=label_smoothing,
+        relation,
         directions=directions,
-        offset=offset,
+        smoothing=label_smoothing,
+        without_positive=labels is None,
+        backend=backend,
     )
+    # The softmax does not see a shift of all logits: the bias gets a gradient, and it is exactly 0.
+    return loss if logit_bias is None else loss + 0.0 * logit_bias.sum().to(loss.dtype)

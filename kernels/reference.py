@@ -35,9 +35,9 @@ def _diagonal(logits: Tensor, offset: int) -> Tensor:
 def _cross_entropy(logits: Tensor, positives: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean over rows that have a positive of CE(logits, uniform over the positives, smoothed)."""
     counts = positives.sum(1, keepdim=True)
-    targets = positives / counts.clamp(min=1)
+    targets = positives.to(logits.dtype) / counts.clamp(min=1)
     targets = (1 - label_smoothing) * targets + label_smoothing / logits.shape[1]
-    losses = -(targets.to(logits.dtype) * F.log_softmax(logits, 1)).sum(1)
+    losses = -(targets * F.log_softmax(logits, 1)).sum(1)
     has_positive = counts[:, 0] > 0
     return (losses * has_positive).sum() / has_positive.sum().clamp(min=1)
 
@@ -117,7 +117,7 @@ def supervised_contrastive_loss_reference(
         log_p = [logits - logits.logsumexp(1, keepdim=True), (logits - logits.logsumexp(0, keepdim=True)).T]
         positives = [same, same.T]
     else:
-        kept = ~same | pair if variant == "cite" else ~same
+        kept = ~same | pair if variant == "cite" else ~same & ~pair
         excluded = torch.where(kept, logits, -torch.inf)
         lse = [excluded.logsumexp(1, keepdim=True), excluded.logsumexp(0, keepdim=True)]
         log_p = [logits - lse[0], (logits - lse[1]).T]

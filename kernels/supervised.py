@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import reference
+from .assemble import mean_over, two_way_loss
 from .checks import as_scalar, check_choice, check_features, check_ids, check_same_rows
 from .dispatch import choose
+from .pairs import pair_statistics
+from .relations import Relation, group_relation, positive_counts
 
 
 def supervised_contrastive_loss(
@@ -69,14 +73,43 @@ def supervised_contrastive_loss(
         check_ids(other_features.shape[0], features.device, other_labels=other_labels)
     check_ids(features.shape[0], features.device, labels=labels)
     scale = as_scalar(logit_scale, features, "logit_scale")
-    choose(backend, features)
-    return reference.supervised_contrastive_loss_reference(
+    if choose(backend, features) == "reference":
+        return reference.supervised_contrastive_loss_reference(
+            features,
+            labels,
+            scale,
+            other_features,
+            other_labels=other_labels,
+            variant=variant,
+            directions=directions,
+            offset=offset,
+        )
+    if other_features is None:
+        relation = group_relation(labels, other_labels, "self", offset)
+        other_features, directions = features, "image"
+    else:
+        relation = group_relation(labels, other_labels, "group" if variant == "supcon" else "rivals", offset)
+    if variant == "cite_literal":
+        return _literal_loss(features, other_features, scale, relation, directions, backend)
+    return two_way_loss(
         features,
-        labels,
-        scale,
         other_features,
-        other_labels=other_labels,
-        variant=variant,
+        scale,
+        relation,
         directions=directions,
-        offset=offset,
+        without_positive=variant == "cite",
+        backend=backend,
     )
+
+
+def _literal_loss(x: Tensor, y: Tensor, scale: Tensor, relation: Relation, directions: str, backend: str) -> Tensor:
+    """Average over directions of mean_i (log Σ_{negatives} exp S_ij - S_ii), over rows that have a negative."""
+    rows, columns = directions in ("both", "image"), directions in ("both", "text")
+    stats = pair_statistics(x, y, scale, relation, rows=rows, columns=columns, backend=backend)
+    row_counts, col_counts = positive_counts(relation, x.shape[0], y.shape[0], x.device)
+    losses = []
+    if rows:
+        losses.append(mean_over(stats.row_lse - stats.row_positive, (row_counts > 0) & stats.row_lse.isfinite()))
+    if columns:
+        losses.append(mean_over(stats.col_lse - stats.col_positive, (col_counts > 0) & stats.col_lse.isfinite()))
+    return torch.stack(losses).mean()
