@@ -75,6 +75,21 @@ class Fetched:
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
+@dataclass(frozen=True)
+class BatchKey:
+    """Which images to fetch.
+
+    Args:
+        epoch: Number of the epoch, from 0.
+        indices: Images of this process, int64 (B,).
+        whole: Images of all processes, int64 (B * processes,).
+    """
+
+    epoch: int
+    indices: np.ndarray
+    whole: np.ndarray
+
+
 def augmentation_seed(seed: int, epoch: int, index: int) -> int:
     """Return the seed of the random numbers that augment image ``index`` in ``epoch``, in [0, 2^63)."""
     digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), digest_size=8).digest()
@@ -117,14 +132,13 @@ class Fetcher:
         self.replace_bad = replace_bad
         self.allowed = allowed
 
-    def __getitem__(self, key: tuple[int, np.ndarray]) -> Fetched:
-        epoch, wanted = key
+    def __getitem__(self, key: BatchKey) -> Fetched:
         bad: dict[int, str] = {}
         images: list[Tensor] = []
         used: list[int] = []
         with _private_randomness():
-            for index in wanted.tolist():
-                for candidate in self._candidates(index, {*wanted.tolist(), *used}):
+            for index in key.indices.tolist():
+                for candidate in self._candidates(index, key.whole, used):
                     try:
                         image = self.dataset.load_image(candidate)
                     except BadImageError as error:
@@ -132,26 +146,28 @@ class Fetcher:
                         if len(bad) > self.allowed:
                             return Fetched(None, tuple(bad.items()))
                         continue
-                    _seed_all(augmentation_seed(self.seed, epoch, candidate))
+                    _seed_all(augmentation_seed(self.seed, key.epoch, candidate))
                     images.append(self.transform(image))
                     used.append(candidate)
                     break
         return Fetched(self._collate(images, used) if images else None, tuple(bad.items()))
 
-    def _candidates(self, index: int, taken: set[int]) -> Iterator[int]:
-        """The image itself, then those that may stand in for it: the next ones that are not in the batch."""
+    def _candidates(self, index: int, whole: np.ndarray, used: list[int]) -> Iterator[int]:
+        """Yield the image itself, then those that may stand in for it, best first."""
         yield index
         if self.replace_bad == "never":
             return
         size = len(self.dataset)
-        others = [i % size for i in range(index + 1, index + size) if i % size not in taken]
+        taken = {*whole.tolist(), *used}
+        others = [i % size for i in range(index + 1, index + size)]
         labels, texts = self.dataset.labels, self.dataset.texts
         if self.replace_bad == "class_balanced" and labels is not None:
-            others = [i for i in others if labels[i] == labels[index]] or [index]
+            others = [i for i in others if labels[i] == labels[index]]
         elif self.replace_bad == "no_duplicate_text" and texts is not None:
             present = {texts[i] for i in taken if i != index}
             others = [i for i in others if texts[i] not in present]
-        yield from others
+        yield from (i for i in others if i not in taken)
+        yield from (i for i in others if i in taken)  # rather an image twice than a smaller batch
 
     def _collate(self, images: list[Tensor], used: list[int]) -> Batch:
         labels, texts = self.dataset.labels, self.dataset.texts

@@ -33,7 +33,12 @@ def natural_order(names: Sequence[str]) -> list[str]:
 
 def walk_files(root: Path) -> Iterator[str]:
     """Yield the path of every file below ``root``, relative to it, sorted, hidden ones left out."""
+    visited: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in visited:  # a link that leads back
+            subfolders.clear()
+            continue
+        visited.add(os.path.realpath(folder))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative = os.path.relpath(folder, root)
         for name in sorted(files):
@@ -58,7 +63,7 @@ def recognise(root: Path) -> FolderFormat:
         ``images``.
 
     Raises:
-        DataError: The folder holds no images.
+        DataError: The folder holds no images, or some in itself and some in sub-folders.
     """
     files = list(walk_files(root))
     images = [name for name in files if is_image(name)]
@@ -69,7 +74,13 @@ def recognise(root: Path) -> FolderFormat:
     texts = {name[:-4] for name in files if name.endswith(".txt")}
     if any(os.path.splitext(name)[0] in texts for name in images):
         return "pairs"
-    return "imagefolder" if all(os.sep in name for name in images) else "images"
+    inside = sum(os.sep in name for name in images)
+    if 0 < inside < len(images):
+        raise DataError(
+            f"{root}: {len(images) - inside:,} images lie in the folder itself and {inside:,} in folders below it. "
+            "Set data.format: imagefolder (folders are classes, the others are ignored) or data.format: images."
+        )
+    return "imagefolder" if inside else "images"
 
 
 def open_class_folders(root: Path, templates: tuple[str, ...], max_bad_fraction: float) -> ImageDataset:

@@ -6,6 +6,7 @@ augmentation. The number of workers, where a run was interrupted and what else d
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -16,24 +17,22 @@ import torch
 from torch.utils.data import DataLoader
 
 from ftfast.data.dataset import ImageDataset
-from ftfast.data.fetching import Batch, Fetched, Fetcher, Transform
+from ftfast.data.fetching import Batch, BatchKey, Fetched, Fetcher, Transform
 from ftfast.data.samplers import BatchPlan, LoaderOptions, SamplerName, SequentialPlan, make_plan
 from ftfast.errors import CheckpointError, DataError
 
 
 class _Keys:
-    """The stream of (epoch, local indices) from a position on, as a DataLoader sampler."""
+    """The stream of batch keys from a position on, as a DataLoader sampler."""
 
     def __init__(self, plan: BatchPlan, options: LoaderOptions, start: int, endless: bool) -> None:
         self.plan, self.options, self.start, self.endless = plan, options, start, endless
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+    def __iter__(self) -> Iterator[BatchKey]:
         epoch, skip = divmod(self.start, self.plan.steps_per_epoch)
-        while True:
+        while self.endless or epoch == 0:
             for batch in self.plan.epoch(epoch)[skip:]:
-                yield epoch, np.split(batch, self.options.world_size)[self.options.rank]
-            if not self.endless:
-                return
+                yield BatchKey(epoch, np.split(batch, self.options.world_size)[self.options.rank], batch)
             epoch, skip = epoch + 1, 0
 
 
@@ -60,19 +59,18 @@ class BatchLoader:
         transform: Transform,
         plan: BatchPlan,
         *,
-        seed: int,
         workers: int,
-        endless: bool,
         max_bad_fraction: float,
-        replace_bad: str,
         options: LoaderOptions,
+        settings: Mapping[str, Any],
     ) -> None:
         self._dataset, self._plan, self._options = dataset, plan, options
         self._max_bad_fraction = max_bad_fraction
-        self._allowed = int(max_bad_fraction * len(dataset))
-        self._fetcher = Fetcher(dataset, transform, seed, replace_bad, self._allowed)
-        self._workers, self._endless, self._replace_bad = workers, endless, replace_bad
-        self._seed = seed
+        self._allowed = math.floor(max_bad_fraction * len(dataset) + 1e-9)  # 0.29 * 100 is 28.999...
+        replace_bad = {"shuffle": "next"}.get(settings["sampler"], settings["sampler"])
+        self._fetcher = Fetcher(dataset, transform, settings["seed"], replace_bad, self._allowed)
+        self._workers = workers
+        self._settings = dict(settings)  # what must be equal when a checkpoint is continued
         self._position = 0
         self._stream: Iterator[Fetched] | None = None
         self._bad: dict[int, str] = {}
@@ -153,15 +151,14 @@ class BatchLoader:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "data": self._dataset.fingerprint,
-            "seed": self._seed,
-            "steps_per_epoch": self.steps_per_epoch,
+            "fingerprint": self._dataset.fingerprint,
             "world_size": self._options.world_size,
-            "sampler": f"{type(self._plan).__name__} {self._replace_bad}",
+            "images_per_class": self._options.images_per_class,
+            **self._settings,
         }
 
     def _open_stream(self) -> Iterator[Fetched]:
-        keys = _Keys(self._plan, self._options, self._position, self._endless)
+        keys = _Keys(self._plan, self._options, self._position, self._settings["shuffle"])
         if self._workers == 0:
             return (self._fetcher[key] for key in keys)
         loader: DataLoader[Fetched] = DataLoader(
@@ -252,12 +249,16 @@ def make_loader(
         dataset,
         transform,
         plan,
-        seed=seed,
         workers=workers,
-        endless=shuffle,
         max_bad_fraction=dataset.max_bad_fraction if max_bad_fraction is None else max_bad_fraction,
-        replace_bad="next" if sampler == "shuffle" else sampler,
         options=options,
+        settings={
+            "seed": seed,
+            "batch_size": batch_size,
+            "shuffle": shuffle,
+            "drop_last": drop_last,
+            "sampler": sampler,
+        },
     )
 
 
@@ -287,12 +288,10 @@ def iterate_once(
         dataset,
         transform,
         SequentialPlan(len(dataset), batch_size),
-        seed=0,
         workers=workers,
-        endless=False,
         max_bad_fraction=dataset.max_bad_fraction,
-        replace_bad="never",
         options=LoaderOptions(),
+        settings={"seed": 0, "batch_size": batch_size, "shuffle": False, "sampler": "never"},
     )
     try:
         yield from loader

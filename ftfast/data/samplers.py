@@ -112,34 +112,36 @@ class ClassBalancedPlan:
     Args:
         labels: Class of each image, int64 (N,).
         class_names: Names, for messages.
-        batch_size: Global batch size, P x K.
-        images_per_class: K.
+        batch_size: Images per process, a multiple of K.
         seed: Seed of the order.
+        options: K and the number of processes.
 
     Raises:
         DataError: The batch size is no multiple of K, or the set has fewer than P classes.
     """
 
     def __init__(
-        self, labels: np.ndarray, class_names: Sequence[str], batch_size: int, images_per_class: int, seed: int
+        self, labels: np.ndarray, class_names: Sequence[str], batch_size: int, seed: int, options: LoaderOptions
     ) -> None:
-        per_batch, rest = divmod(batch_size, images_per_class)
-        if rest:
+        images_per_class = options.images_per_class
+        per_batch = batch_size * options.world_size // images_per_class
+        if batch_size % images_per_class:
             raise DataError(
                 f"class-balanced batches of {images_per_class} images per class need a batch size that is a "
                 f"multiple of {images_per_class}, not {batch_size}. "
-                f"Set train.batch_size: {max(1, per_batch) * images_per_class}."
+                f"Set train.batch_size: {max(1, batch_size // images_per_class) * images_per_class}."
             )
         if per_batch > len(class_names):
+            largest = max(1, len(class_names) // options.world_size) * images_per_class
             raise DataError(
-                f"class-balanced batches need {per_batch} classes (batch size {batch_size} / {images_per_class} images "
-                f"per class), but the data has {len(class_names)}. "
-                f"Set train.batch_size: {len(class_names) * images_per_class} or less."
+                f"class-balanced batches need {per_batch} classes ({images_per_class} images each, "
+                f"{per_batch * images_per_class} in all), but the data has {len(class_names)}. "
+                f"Set train.batch_size: {largest} or less."
             )
         order = np.argsort(labels, kind="stable")
         self._members = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
         self._per_batch, self._images, self._seed = per_batch, images_per_class, seed
-        self._steps = max(1, len(labels) // batch_size)
+        self._steps = max(1, len(labels) // (per_batch * images_per_class))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -258,7 +260,7 @@ def make_plan(
     if sampler == "class_balanced":
         if dataset.labels is None or dataset.class_names is None:
             raise DataError(f"{dataset.name}: class-balanced batches need classes; set data.label_column.")
-        return ClassBalancedPlan(dataset.labels, dataset.class_names, total, options.images_per_class, seed)
+        return ClassBalancedPlan(dataset.labels, dataset.class_names, batch_size, seed, options)
     if drop_last and len(dataset) < total:
         raise DataError(
             f"{dataset.name}: {len(dataset)} images do not fill one batch of {total}. "

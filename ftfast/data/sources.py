@@ -160,6 +160,11 @@ def _check_missing(table: Table, images: FileImages, config: DataConfig) -> None
     missing, checked = images.missing()
     if len(missing) > config.max_bad_fraction * checked:
         first = images.label_of(missing[0])
+        if first.startswith(("http://", "https://")):
+            raise DataError(
+                f"{table.where(missing[0])}: '{first}' is a web address. Download the images first, for example with "
+                "img2dataset, and open what it writes."
+            )
         raise DataError(
             f"{table.where(missing[0])}: image '{first}' does not exist ({len(missing):,} of {checked:,} are missing). "
             f"Paths are relative to the table's folder, {table.path.parent}."
