@@ -1,0 +1,217 @@
+"""The trade-off plots: gained versus forgotten, and the sweep between start and end weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ftfast.config.schema import SuiteConfig
+from ftfast.evaluation.drawing import Plot, Theme, legend_below, new_figure, style_axes
+from ftfast.evaluation.results import METRIC_TITLES, CheckpointResult, SweepPoint, best_alpha, role_mean
+from ftfast.evaluation.suites import Results, main_metric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class RunPoints:
+    """What one run adds to the gained-versus-forgotten plot.
+
+    Attributes:
+        name: Name of the run.
+        end: Results of its final weights.
+        sweep: Interpolations between start and end.
+        checkpoints: Results during training.
+    """
+
+    name: str
+    end: Results
+    sweep: tuple[SweepPoint, ...] = ()
+    checkpoints: tuple[CheckpointResult, ...] = ()
+
+
+def _axis_label(suites: Sequence[SuiteConfig], role: str) -> str:
+    chosen = [suite for suite in suites if suite.role == role]
+    if len(chosen) == 1:
+        metric = main_metric(chosen[0])
+        return f"{role}: {chosen[0].name}, {METRIC_TITLES.get(metric, metric)} (%)"
+    return f"mean of {len(chosen)} {role}s (%)"
+
+
+def _place(suites: Sequence[SuiteConfig], results: Results) -> tuple[float, float]:
+    """(mean control, mean target) in percent."""
+    return 100 * role_mean(suites, results, "control"), 100 * role_mean(suites, results, "target")
+
+
+def gained_versus_forgotten(suites: Sequence[SuiteConfig], start: Results, runs: Sequence[RunPoints]) -> Plot | None:
+    """Scatter of target (y) against mean control (x): one point per checkpoint, per alpha, per final model.
+
+    Args:
+        suites: Suites of all results.
+        start: Results of the start model.
+        runs: One entry per run.
+
+    Returns:
+        The plot; None unless there are a target and a control.
+    """
+    if any(math.isnan(value) for value in _place(suites, start)):
+        return None
+    rows: list[tuple[Any, ...]] = [("start", "start", None, *_place(suites, start))]
+    for run in runs:
+        rows += [(run.name, "alpha", p.alpha, *_place(suites, p.results)) for p in run.sweep]
+        rows += [(run.name, "checkpoint", c.step, *_place(suites, c.results)) for c in run.checkpoints]
+        rows.append((run.name, "end", None, *_place(suites, run.end)))
+    # a validation suite that is not one of the report's has no place on these axes
+    rows = [row for row in rows if not math.isnan(row[3]) and not math.isnan(row[4])]
+
+    def draw(theme: Theme) -> Figure:
+        figure = new_figure(theme, height=5.4)
+        axes = figure.add_subplot()
+        style_axes(axes, theme, _axis_label(suites, "control"), _axis_label(suites, "target"))
+        _draw_start(axes, theme, rows)
+        for number, run in enumerate(runs):
+            _draw_run(
+                axes, theme, theme.cycle[number % len(theme.cycle)], [r for r in rows if r[0] == run.name], rows[0]
+            )
+        legend_below(figure, axes, theme)
+        return figure
+
+    caption = (
+        "Up is gained, left is forgotten. The star is the model before training; in the shaded quarter something was "
+        "learned and nothing lost. Each line joins the weights interpolated between start (α = 0) and end (α = 1)."
+    )
+    columns = ("run", "kind", "alpha_or_step", "control_percent", "target_percent")
+    return Plot("gained_vs_forgotten", "Gained versus forgotten", caption, columns, rows, draw)
+
+
+def _draw_start(axes: Axes, theme: Theme, rows: Sequence[tuple[Any, ...]]) -> None:
+    """Fix the limits around all points, shade the quarter above and right of the start, mark the start."""
+    xs, ys = [row[3] for row in rows], [row[4] for row in rows]
+    wide, high = max(max(xs) - min(xs), 1.0), max(max(ys) - min(ys), 1.0)
+    axes.set_xlim(min(xs) - 0.14 * wide, max(xs) + 0.16 * wide)
+    axes.set_ylim(min(ys) - 0.10 * high, max(ys) + 0.14 * high)
+    x, y = xs[0], ys[0]
+    right, top = axes.get_xlim()[1], axes.get_ylim()[1]
+    axes.fill_between([x, right], y, top, color=theme.good, linewidth=0, zorder=0)
+    axes.axvline(x, color=theme.muted, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
+    axes.axhline(y, color=theme.muted, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
+    axes.scatter(
+        [x], [y], marker="*", s=260, color=theme.ink, edgecolors=theme.face, linewidths=1, zorder=6, label="start"
+    )
+
+
+def _draw_run(axes: Axes, theme: Theme, colour: str, rows: Sequence[tuple[Any, ...]], start: tuple[Any, ...]) -> None:
+    """Checkpoints as open circles, the alpha curve as a line with dots, the end as a large labelled dot."""
+    name = rows[-1][0]
+    steps = sorted((row for row in rows if row[1] == "checkpoint"), key=lambda row: row[2])
+    if steps:
+        xs, ys = [row[3] for row in steps], [row[4] for row in steps]
+        axes.plot([start[3], *xs], [start[4], *ys], color=colour, linewidth=0.9, linestyle=":", zorder=2)
+        axes.scatter(
+            xs,
+            ys,
+            s=26,
+            facecolors=theme.face,
+            edgecolors=colour,
+            linewidths=1.2,
+            zorder=3,
+            label=f"{name}, checkpoints",
+        )
+    sweep = sorted((row for row in rows if row[1] == "alpha"), key=lambda row: row[2])
+    if sweep:
+        xs, ys = [row[3] for row in sweep], [row[4] for row in sweep]
+        axes.plot(
+            xs, ys, color=colour, linewidth=1.8, marker="o", markersize=4.5, zorder=4, label=f"{name}, α from 0 to 1"
+        )
+        for row in sweep:
+            if 0 < row[2] < 1:
+                axes.annotate(
+                    f"{row[2]:g}",
+                    (row[3], row[4]),
+                    (6, -11),
+                    textcoords="offset points",
+                    color=theme.muted,
+                    fontsize=8.5,
+                )
+    end = rows[-1]
+    axes.scatter([end[3]], [end[4]], s=120, color=colour, edgecolors=theme.face, linewidths=1.5, zorder=5)
+    axes.annotate(
+        name,
+        (end[3], end[4]),
+        (0, 11),
+        textcoords="offset points",
+        ha="center",
+        color=colour,
+        fontsize=11,
+        fontweight="bold",
+        zorder=7,
+    )
+
+
+def alpha_sweep(suites: Sequence[SuiteConfig], sweep: Sequence[SweepPoint]) -> Plot | None:
+    """Main metric of every suite against the interpolation point.
+
+    Args:
+        suites: Suites of the sweep.
+        sweep: At least two points, else there is nothing to draw.
+
+    Returns:
+        The plot, or None.
+    """
+    points = sorted(sweep, key=lambda point: point.alpha)
+    shown = [s for s in suites if all(main_metric(s) in p.results.get(s.name, {}) for p in points)]
+    if len(points) < 2 or not shown:
+        return None
+    rows = [
+        (p.alpha, s.name, s.role, main_metric(s), 100 * p.results[s.name][main_metric(s)])
+        for s in shown
+        for p in points
+    ]
+    best = best_alpha(shown, points)
+
+    def draw(theme: Theme) -> Figure:
+        figure = new_figure(theme, height=4.9)
+        axes = figure.add_subplot()
+        style_axes(axes, theme, "α   (0 = start weights, 1 = tuned weights)", "%")
+        for number, suite in enumerate(shown):
+            xs = [row[0] for row in rows if row[1] == suite.name]
+            ys = [row[4] for row in rows if row[1] == suite.name]
+            metric = main_metric(suite)
+            target = suite.role == "target"
+            axes.plot(
+                xs,
+                ys,
+                color=theme.cycle[number % len(theme.cycle)],
+                linewidth=2.6 if target else 1.8,
+                linestyle="-" if target else (0, (5, 2)),
+                marker="o",
+                markersize=5.5 if target else 4.5,
+                label=f"{suite.role}: {suite.name}, {METRIC_TITLES.get(metric, metric)}",
+            )
+        axes.set_ylim(bottom=0, top=1.12 * max(row[4] for row in rows) or 1)
+        if best is not None:
+            axes.axvline(best.alpha, color=theme.muted, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
+            axes.annotate(
+                f"best balance: α = {best.alpha:g}",
+                (best.alpha, axes.get_ylim()[1]),
+                (-6 if best.alpha > 0.5 else 6, -4),
+                textcoords="offset points",
+                ha="right" if best.alpha > 0.5 else "left",
+                va="top",
+                color=theme.muted,
+                fontsize=10,
+            )
+        legend_below(figure, axes, theme, columns=2)
+        return figure
+
+    caption = (
+        "Weights between start and end (WiSE-FT). Best balance is the highest mean of target and controls on these "
+        "very suites, so read it as a picture of the trade-off, not as a selected result."
+    )
+    return Plot(
+        "alpha_sweep", "Between start and end", caption, ("alpha", "suite", "role", "metric", "percent"), rows, draw
+    )

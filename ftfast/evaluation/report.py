@@ -1,0 +1,277 @@
+"""The report of a run: one HTML file, PNGs, the CSV behind each plot, results.json and report.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftfast.config.schema import SuiteConfig
+from ftfast.evaluation.drawing import LIGHT, Plot
+from ftfast.evaluation.history_plots import learning_rate, loss_terms, validation
+from ftfast.evaluation.page import Card, Section, comparison_table, figure_html, page, summary_table
+from ftfast.evaluation.plots import RunPoints, alpha_sweep, gained_versus_forgotten
+from ftfast.evaluation.results import (
+    CheckpointResult,
+    SummaryRow,
+    SweepPoint,
+    best_alpha,
+    role_mean,
+    slug,
+    summary_rows,
+    write_atomically,
+    write_csv,
+    write_results,
+)
+from ftfast.evaluation.suites import Results
+from ftfast.evaluation.tables import comparison_markdown, headline, percent, summary_markdown, sweep_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportInfo:
+    """Everything in a report that is not a measurement.
+
+    Attributes:
+        title: Heading, for example "INFUSING on people emoji".
+        recipe: Recipe name.
+        model: Model name, as open_clip calls it.
+        pretrained: Tag of the start weights.
+        suites: Suites of before, after and sweep.
+        validation: Suites that were measured during training.
+        data: Data summary.
+        weights: Where the final weights are, as the reader should type it.
+        config: The resolved configuration as YAML.
+        facts: Further rows for the "This run" table: steps, time, images per second, seed.
+        checkpoints: Results on ``suites`` during training, if they were measured.
+    """
+
+    title: str
+    recipe: str
+    model: str
+    pretrained: str = ""
+    suites: tuple[SuiteConfig, ...]
+    validation: tuple[SuiteConfig, ...] = ()
+    data: str = ""
+    weights: str = ""
+    config: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    checkpoints: tuple[CheckpointResult, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """One run of a comparison.
+
+    Attributes:
+        name: Name in table and plot, for example "naive" or "INFUSING".
+        results: Results of the final weights.
+        sweep: Interpolations between start and end.
+        checkpoints: Results during training.
+        note: A short remark for the table, such as the training time.
+    """
+
+    name: str
+    results: Results
+    sweep: tuple[SweepPoint, ...] = ()
+    checkpoints: tuple[CheckpointResult, ...] = ()
+    note: str = ""
+
+
+def write_report(
+    folder: Path,
+    *,
+    before: Results,
+    after: Results,
+    history: Sequence[Mapping[str, Any]] = (),
+    sweep: Sequence[SweepPoint] = (),
+    info: ReportInfo,
+) -> Path:
+    """Write a run's report.
+
+    Args:
+        folder: The report goes to ``folder/report``.
+        before: Results of the start model on ``info.suites``.
+        after: Results of the tuned model on the same.
+        history: Log rows: "step", "train/loss", "train/loss/<term>", "train/lr", "eval/<suite>/<metric>".
+        sweep: Results between start and tuned weights; missing end points are ``before`` and ``after``.
+        info: Names, suites and facts.
+
+    Returns:
+        Path of ``index.html``.
+
+    Raises:
+        DataError: A suite was not measured before or after.
+    """
+    target = Path(folder) / "report"
+    rows = summary_rows(info.suites, before, after)
+    points = complete_sweep(sweep, before, after)
+    run = RunPoints(info.recipe, after, tuple(points), info.checkpoints)
+    plots = [
+        gained_versus_forgotten(info.suites, before, [run]),
+        alpha_sweep(info.suites, points) if sweep else None,
+        validation(history, info.validation),
+        loss_terms(history),
+        learning_rate(history),
+    ]
+    shown = _save_plots(target, [plot for plot in plots if plot is not None])
+    start_tag = info.pretrained or "start"
+    write_results(target, info.suites, {start_tag: before, f"{start_tag}+{info.recipe}": after}, model=info.model)
+    _write_summary_csv(target, rows)
+    best = sweep_line(info.suites, best_alpha(info.suites, points)) if sweep else ""
+    sections = [
+        Section(
+            "Before and after",
+            summary_table(rows) + (f"<p class=note>{html.escape(best)}</p>" if best else ""),
+            wide=True,
+        ),
+        *(Section(plot.title, figure_html(plot)) for plot in shown),
+        Section("This run", _facts_html(info), wide=True),
+    ]
+    subtitle = " · ".join(part for part in (info.recipe, info.model, info.pretrained, info.data) if part)
+    lines = [f"# {info.title}", "", subtitle, "", headline(rows), "", summary_markdown(rows), "", best, ""]
+    _write_markdown(target, lines, shown)
+    return write_atomically(
+        target / "index.html", page(info.title, subtitle, headline(rows), _cards(info.suites, before, after), sections)
+    )
+
+
+def complete_sweep(sweep: Sequence[SweepPoint], before: Results, after: Results) -> list[SweepPoint]:
+    """The sweep in order of alpha, with its end points taken from ``before`` and ``after`` where they are missing.
+
+    Args:
+        sweep: Measured points.
+        before: Results at alpha 0.
+        after: Results at alpha 1.
+
+    Returns:
+        Sorted points.
+    """
+    known = {point.alpha for point in sweep}
+    ends = [SweepPoint(alpha, results) for alpha, results in ((0.0, before), (1.0, after)) if alpha not in known]
+    return sorted([*sweep, *ends], key=lambda point: point.alpha)
+
+
+def write_comparison(
+    folder: Path, runs: Sequence[RunSummary], *, start: Results, suites: Sequence[SuiteConfig], info: ReportInfo
+) -> Path:
+    """Write a comparison of several runs from the same start model.
+
+    Args:
+        folder: The report goes to ``folder/report``.
+        runs: In order of the table; the first is the reference that gains and losses of the others are compared with.
+        start: Results of the start model.
+        suites: Suites of all results.
+        info: Names and facts; its ``recipe`` and ``checkpoints`` are not used.
+
+    Returns:
+        Path of ``index.html``.
+
+    Raises:
+        DataError: A run lacks a suite.
+    """
+    target = Path(folder) / "report"
+    tables = {run.name: summary_rows(suites, start, run.results) for run in runs}
+    entries = [
+        RunPoints(
+            run.name,
+            run.results,
+            tuple(complete_sweep(run.sweep, start, run.results)) if run.sweep else (),
+            run.checkpoints,
+        )
+        for run in runs
+    ]
+    plots = [gained_versus_forgotten(suites, start, entries)]
+    for run, entry in zip(runs, entries, strict=True):
+        sweep = alpha_sweep(suites, entry.sweep)
+        if sweep is not None:
+            plots.append(
+                dataclasses.replace(sweep, name=f"{sweep.name}_{slug(run.name)}", title=f"{sweep.title}: {run.name}")
+            )
+    shown = _save_plots(target, [plot for plot in plots if plot is not None])
+    tag = info.pretrained or "start"
+    versions = {tag: start, **{f"{tag}+{run.name}": run.results for run in runs}}
+    write_results(target, suites, versions, model=info.model)
+    sections = [
+        Section(
+            "The same start, different endings",
+            comparison_table(tables, {run.name: run.note for run in runs}),
+            wide=True,
+        ),
+        *(Section(plot.title, figure_html(plot)) for plot in shown),
+        Section("This run", _facts_html(info), wide=True),
+    ]
+    last = runs[-1]
+    sentence = f"{last.name}: {headline(tables[last.name])}"
+    subtitle = " · ".join(part for part in (info.model, info.pretrained, info.data) if part)
+    lines = [f"# {info.title}", "", subtitle, "", sentence, "", comparison_markdown(tables), ""]
+    _write_markdown(target, lines, shown)
+    cards = _cards(suites, start, last.results)
+    return write_atomically(target / "index.html", page(info.title, subtitle, sentence, cards, sections))
+
+
+def _cards(suites: Sequence[SuiteConfig], before: Results, after: Results) -> list[Card]:
+    """Large figures at the top: what happened to the target and to the controls on average."""
+    cards = []
+    for role, label in (("target", "learned"), ("control", "kept")):
+        count = sum(suite.role == role for suite in suites)
+        if not count:
+            continue
+        old, new = role_mean(suites, before, role), role_mean(suites, after, role)
+        what = f"{role}" if count == 1 else f"mean of {count} {role}s"
+        if role == "target":
+            cards.append(
+                Card(label, f"{100 * (new - old):+.1f}", "points", f"{what}: {percent(old)} → {percent(new)} %")
+            )
+        elif old > 0:
+            cards.append(Card(label, percent(new / old), "%", f"{what}: {percent(old)} → {percent(new)} %"))
+    return cards
+
+
+def _save_plots(folder: Path, plots: Sequence[Plot]) -> list[Plot]:
+    for plot in plots:
+        write_atomically(folder / f"{plot.name}.png", plot.png(LIGHT))
+        write_csv(folder / f"{plot.name}.csv", plot.columns, plot.rows)
+    return list(plots)
+
+
+def _write_summary_csv(folder: Path, rows: Sequence[SummaryRow]) -> None:
+    columns = ("suite", "role", "metric", "before", "after", "change", "kept")
+    cells = [(r.suite, r.role, r.metric, r.before, r.after, r.change, r.kept) for r in rows]
+    write_csv(folder / "summary.csv", columns, cells)
+
+
+def _write_markdown(folder: Path, lines: Sequence[str], plots: Sequence[Plot]) -> None:
+    pictures = [
+        line
+        for plot in plots
+        for line in (f"## {plot.title}", "", f"![{plot.title}]({plot.name}.png)", "", plot.caption, "")
+    ]
+    write_atomically(folder / "report.md", "\n".join([*lines, *pictures]).replace("\n\n\n", "\n\n"))
+
+
+def _facts_html(info: ReportInfo) -> str:
+    facts = {
+        "Recipe": info.recipe,
+        "Model": " ".join(part for part in (info.model, info.pretrained) if part),
+        "Data": info.data,
+        "Weights": info.weights,
+        **info.facts,
+    }
+    rows = "".join(
+        f"<tr><th scope=row>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+        for name, value in facts.items()
+        if value
+    )
+    config = (
+        f"<details><summary>Configuration</summary><pre>{html.escape(info.config)}</pre></details>"
+        if info.config
+        else ""
+    )
+    files = (
+        '<p class=note>Files beside this page: <a href="results.json">results.json</a>, '
+        '<a href="results.csv">results.csv</a>, <a href="report.md">report.md</a>, a PNG and a CSV for each plot.</p>'
+    )
+    return f"<table class=facts>{rows}</table>{config}{files}"
