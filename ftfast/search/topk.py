@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ftfast.errors import ShapeError
-from ftfast.search.arrays import check_problem, result_wrapper
+from ftfast.search.arrays import Problem, check_problem, result_wrapper
+from ftfast.search.native import extension, topk_native
 from ftfast.search.reference import topk_reference
 
 BACKENDS = ("auto", "native", "torch", "faiss")
@@ -24,8 +27,8 @@ def topk(
     """Finds the k best gallery rows of every query, exactly.
 
     Scores are defined in float64 on the inputs as stored: `ip` is q.x, `cosine` is q.x / (|q| |x|) (0 where a norm is
-    0), `l2` is the squared distance |q - x|^2. The result is sorted best first (largest score; smallest distance), equal
-    scores by the lowest index, and a NaN score is never selected. It does not depend on the number of threads.
+    0), `l2` is the squared distance |q - x|^2. The result is sorted best first (largest score; smallest distance),
+    equal scores by the lowest index, and a NaN score is never selected. It does not depend on the number of threads.
 
     Args:
         queries: (Q, D) numpy, torch or DLPack array of float32, float16, bfloat16 or int8. Not copied if contiguous.
@@ -51,5 +54,15 @@ def topk(
         raise ShapeError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}.")
     problem = check_problem(queries, gallery, k, metric, exclude_self, mask)
     wrap = result_wrapper(queries)
-    scores, indices = topk_reference(problem)
+    scores, indices = _dispatch(problem, backend)
     return wrap(scores), wrap(indices)
+
+
+def _dispatch(problem: Problem, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    device = problem.queries.device.type
+    if backend == "native" or (backend == "auto" and device == "cpu" and extension() is not None):
+        if device != "cpu":
+            raise ShapeError(f"backend 'native' searches CPU arrays, but queries are on {device}; use backend='auto'.")
+        scores, indices, _ = topk_native(problem)
+        return scores, indices
+    return topk_reference(problem)

@@ -9,7 +9,7 @@ import torch
 from ftfast.errors import ShapeError
 from ftfast.search import topk
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "native"]
 METRICS = ["ip", "cosine", "l2"]
 
 
