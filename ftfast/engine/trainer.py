@@ -1,0 +1,273 @@
+"""The loop: batches, objective, step, log, validate, save. It knows no paper."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ftfast.config.schema import TrainConfig
+from ftfast.data import Batch, BatchLoader
+from ftfast.engine.checkpoints import CheckpointManager
+from ftfast.engine.objective import Objective
+from ftfast.engine.progress import TrainingProgress
+from ftfast.engine.runlog import RunLog
+from ftfast.engine.schedules import learning_rate_factor
+from ftfast.engine.torch_engine import Engine
+from ftfast.errors import CheckpointError, Interrupted, TrainingError
+from ftfast.recipes import Plan
+from ftfast.weightspace import ExponentialMovingAverage
+
+
+@dataclass
+class TrainerState:
+    """Progress of a run; saved in every checkpoint.
+
+    Attributes:
+        step: Optimizer steps done.
+        best: Best selection score so far, rounded to three decimals; -inf before the first validation.
+        best_step: Step of the best score.
+    """
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int = -1
+
+
+@dataclass
+class Trainer:
+    """Runs a plan to its last step, resumably.
+
+    Attributes:
+        config: The run's settings.
+        plan: The recipe's declaration.
+        engine: Owns model, precision and optimizer.
+        objective: Batches to loss.
+        loaders: Resumable loaders by source ("data", "generic").
+        total_steps: Length of training.
+        checkpoints: Where state is saved.
+        log: Where scalars go.
+        validate: Returns (scalars to log, selection score); None: no validation.
+        config_text: Resolved configuration as YAML, stored with each checkpoint.
+    """
+
+    config: TrainConfig
+    plan: Plan
+    engine: Engine
+    objective: Objective
+    loaders: Mapping[str, BatchLoader]
+    total_steps: int
+    checkpoints: CheckpointManager
+    log: RunLog
+    validate: Callable[[], tuple[dict[str, float], float]] | None = None
+    config_text: str = ""
+    state: TrainerState = field(default_factory=TrainerState)
+    ema: ExponentialMovingAverage | None = None
+
+    def __post_init__(self) -> None:
+        self._pending: list[tuple[int, float, tuple[str, ...], Tensor]] = []
+        self._stop_signal = 0
+        if self.config.optim.ema_decay > 0:
+            self.ema = ExponentialMovingAverage(self.engine.module, self.config.optim.ema_decay)
+
+    def fit(self, progress: TrainingProgress) -> None:
+        """Train from the current state to ``total_steps``.
+
+        Args:
+            progress: Entered progress display.
+
+        Raises:
+            TrainingError: If a term is not finite, with the step and the term.
+            Interrupted: After SIGINT or SIGTERM, once a checkpoint is saved.
+        """
+        eval_every = self.config.eval.every_steps or self.epoch_steps
+        save_every = self.config.checkpoint.every_steps or self.epoch_steps
+        with self._signals():
+            while self.state.step < self.total_steps:
+                self.engine.module.train()
+                self._train_step(progress)
+                step = self.state.step
+                if step % self._flush_every == 0 or step == self.total_steps:
+                    self._flush(progress)
+                first = step == 1 and self.config.eval.selection != "last"
+                if self.validate is not None and (step % eval_every == 0 or step == self.total_steps or first):
+                    self._flush(progress)
+                    self._validate(progress)
+                if step % save_every == 0 or step == self.total_steps or self._stop_signal:
+                    self._flush(progress)
+                    self.save()
+                if self._stop_signal and step < self.total_steps:
+                    name = signal.Signals(self._stop_signal).name
+                    raise Interrupted(f"{name} at step {step}: checkpoint saved. Go on with --resume.")
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimizer steps of one pass over the task data (both halves of a round-robin pair counted)."""
+        per_pass = max(1, self.loaders["data"].steps_per_epoch // self.config.train.accum_freq)
+        return per_pass * (len(self.plan.batches) if self.plan.schedule == "round_robin" else 1)
+
+    @property
+    def _flush_every(self) -> int:
+        """Steps between reads of the loss: each step on a CPU (free), each log line on a GPU (no sync per step)."""
+        return 1 if self.engine.device.type == "cpu" else max(1, self.config.log.every_steps)
+
+    def _train_step(self, progress: TrainingProgress) -> None:
+        step, accumulate = self.state.step, self.config.train.accum_freq
+        sums: dict[str, Tensor] = {}
+        for _ in range(accumulate):
+            begin = time.perf_counter()
+            batches = self._next_batches(step)
+            waited = time.perf_counter() - begin
+            total, terms = self.objective(batches, step)
+            self.engine.backward(total / accumulate)
+            for name, value in {"loss": total.detach(), **terms}.items():
+                sums[name] = sums.get(name, 0.0) + value / accumulate
+            progress.count(sum(len(batch.indices) for batch in batches.values()), waited)
+        factor = learning_rate_factor(step, self.total_steps, self.config.optim)
+        scalars = self.engine.step(factor)
+        if "anchor" in scalars:
+            sums["loss"] = sums["loss"] + scalars["anchor"].to(sums["loss"].device)
+        sums.update(scalars)
+        if self.ema is not None:
+            self.ema.update(self.engine.module)
+        values = torch.stack([value.detach().float().reshape(()).to(self.engine.device) for value in sums.values()])
+        self.state.step += 1
+        self._pending.append((self.state.step, factor, tuple(sums), values))
+
+    def _next_batches(self, step: int) -> dict[str, Batch]:
+        return {spec.name: next(self.loaders[spec.source]).to(self.engine.device) for spec in self.plan.active(step)}
+
+    def _flush(self, progress: TrainingProgress) -> None:
+        """Read pending losses, stop at the first that is not finite, write the rest to the logs."""
+        pending, self._pending = self._pending, []
+        for step, factor, names, tensor in pending:
+            values = dict(zip(names, tensor.tolist(), strict=True))
+            for name in [n for n in names if n != "loss"] + ["loss"]:
+                if not math.isfinite(values[name]):
+                    raise TrainingError(
+                        f"step {step}: term '{name}' is {values[name]}. The last checkpoint is step "
+                        f"{max(self.checkpoints.steps(), default=0)}. Lower the learning rate "
+                        f"(now {self.config.optim.lr * factor:.2e}), add warm-up, or use precision fp32 or amp_bf16."
+                    )
+            rate = self.config.optim.lr * factor
+            shown = progress.update(step, values, rate)
+            row = {"train/loss": values["loss"], "train/lr": rate, **shown}
+            row.update({f"train/loss/{n}": v for n, v in values.items() if n not in ("loss", "grad_norm")})
+            if "grad_norm" in values:
+                row["train/grad_norm"] = values["grad_norm"]
+            self.log.write(step, row)
+
+    def _validate(self, progress: TrainingProgress) -> None:
+        if self.validate is None:
+            return
+        with self.averaged_weights():
+            scalars, score = self.validate()
+            self.log.write(self.state.step, {f"eval/{name}": value for name, value in scalars.items()})
+            shown = "  ".join(f"{name} {value:.3f}" for name, value in scalars.items())
+            progress.note(f"validation at step {self.state.step}: {shown}")
+            if self.config.eval.selection != "last" and round(score, 3) > self.state.best:
+                self.state.best, self.state.best_step = round(score, 3), self.state.step
+                weights = {"clip": self.engine.module.clip.state_dict()}
+                self.checkpoints.save_best(weights, {"step": self.state.step, "score": score, **scalars})
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Evaluate with the moving average in place of the weights, if there is one."""
+        self.engine.module.eval()
+        if self.ema is None:
+            yield
+            return
+        module = self.engine.module
+        own = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+        self.ema.copy_to(module)
+        try:
+            yield
+        finally:
+            module.load_state_dict(own)
+
+    def selected_weights(self) -> dict[str, Tensor]:
+        """Return the CLIP weights the run ends with: the best validated ones, or the last (averaged) ones."""
+        if self.config.eval.selection != "last" and self.state.best_step >= 0:
+            return dict(self.checkpoints.load("best")["clip"])
+        with self.averaged_weights():
+            return {name: tensor.detach().clone() for name, tensor in self.engine.module.clip.state_dict().items()}
+
+    def save(self) -> None:
+        """Write a checkpoint of everything an exact resume needs."""
+        state = {
+            "trainer": vars(self.state).copy(),
+            "engine": self.engine.state_dict(),
+            "loaders": {name: loader.state_dict() for name, loader in self.loaders.items()},
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "rng": random_state(self.engine.device),
+            "config": self.config_text,
+        }
+        self.checkpoints.save(self.state.step, state, {"step": self.state.step, "total_steps": self.total_steps})
+
+    def resume(self) -> int:
+        """Load the newest checkpoint.
+
+        Returns:
+            Its step; 0 when there is none yet, which starts from the beginning.
+
+        Raises:
+            CheckpointError: If the checkpoint does not fit this run.
+        """
+        self.checkpoints.clean()
+        steps = self.checkpoints.steps()
+        if not steps:
+            return 0
+        state = self.checkpoints.load(steps[-1])
+        try:
+            self.engine.load_state_dict(state["engine"])
+            for name, loader in self.loaders.items():
+                loader.load_state_dict(state["loaders"][name])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            self.state = TrainerState(**state["trainer"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.checkpoints.path(steps[-1])} does not fit this run: {str(error).splitlines()[0]}. "
+                "Resume with the model, data and recipe it was made with."
+            ) from error
+        set_random_state(state["rng"], self.engine.device)
+        return self.state.step
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn the first SIGINT or SIGTERM into a save at the end of the step; a second one stops at once."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self._stop_signal:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        try:
+            previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: the host program owns the signals
+            previous = {}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return PyTorch's generator states (dropout and other draws outside the data pipeline)."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restore :func:`random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

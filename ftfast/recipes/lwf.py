@@ -1,0 +1,65 @@
+"""LwF: fine-tuning that keeps the start model's answers on the task's own images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ftfast import kernels
+from ftfast.recipes.base import Context, Features, Paper, Plan, Recipe, Term
+from ftfast.recipes.task_loss import build_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class LwFOptions:
+    """Options of LwF on a CLIP."""
+
+    distill_weight: float = 1.0
+    """Weight of the distillation."""
+    temperature: float = 2.0
+    """Softmax temperature of teacher and student."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the task's cross-entropy."""
+
+
+def build(context: Context) -> Plan:
+    """Declare CE over class prompts, and soft CE between the start model's class probabilities and the student's."""
+    options: LwFOptions = context.options
+    task = build_task(context, "class_prompts", label_smoothing=options.label_smoothing, teacher="live")
+
+    distillation_options = kernels.DistillOptions(
+        kind="soft_cross_entropy", temperature=options.temperature, directions="image"
+    )
+
+    def distillation(features: Features) -> Tensor:
+        return kernels.similarity_distillation_loss(
+            features.image,
+            features.text,
+            features.teacher_image,
+            features.teacher_text,
+            features.logit_scale,
+            options=distillation_options,
+        )
+
+    term = Term(
+        name="distill",
+        on="task",
+        loss=distillation,
+        weight=options.distill_weight,
+        source="LwF: T^2 CE(softmax(teacher/T), student/T) over the task's class prompts",
+    )
+    return Plan(batches=(task.batch,), terms=(task.term, term), heads=task.heads)
+
+
+RECIPE = Recipe(
+    name="lwf",
+    summary="Learning without forgetting: keep the start model's class probabilities on the task images.",
+    papers=(
+        Paper("Learning without Forgetting", "TPAMI 2018"),
+        Paper("ZSCL, LwF baseline: class prompts as texts", "ICCV 2023"),
+    ),
+    options=LwFOptions,
+    build=build,
+    deviations=("The teacher is the start model; in a sequence of tasks it is the model before the task.",),
+)
