@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from ftfast.data.dataset import ImageDataset
-from ftfast.data.folders import CLASS_NAMES_FILE, is_image, natural_order
-from ftfast.data.images import ByteRangeImages
+from ftfast.data.folders import CLASS_NAMES_FILE, natural_order
+from ftfast.data.images import IMAGE_SUFFIXES, ByteRangeImages
 from ftfast.data.tables import LABEL_COLUMNS, TEXT_COLUMNS
 from ftfast.errors import DataError, MissingExtraError
 
@@ -57,8 +57,8 @@ def expand_pattern(pattern: str) -> list[Path]:
             raise MissingExtraError("braceexpand", "data", "Expanding braces in data.path") from None
         try:
             parts = [path for part in parts for path in braceexpand(part)]
-        except ValueError as error:
-            raise DataError(f"data.path '{pattern}': unbalanced braces ({error}).") from None
+        except ValueError:
+            raise DataError(f"data.path '{pattern}': the braces do not match. Every {{ needs its }}.") from None
     paths = [Path(part).expanduser() for part in parts]
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -169,7 +169,7 @@ def _grouped(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarI
 
 
 def _append_sample(number: int, key: str, members: dict[str, tarfile.TarInfo], content: Any, samples: _Samples) -> None:
-    image = next((members[extension] for extension in members if is_image("." + extension)), None)
+    image = next((members[extension] for extension in members if f".{extension}" in IMAGE_SUFFIXES), None)
     if image is None:
         samples.without_image += 1
         return

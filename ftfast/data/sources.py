@@ -43,6 +43,11 @@ def _side(dataset: ImageDataset, config: DataConfig) -> ImageDataset:
     """Return the side of the source's fixed split that ``config.split`` names."""
     if config.split == "all":
         return dataset
+    if config.split_by == "classes" and dataset.labels is None:
+        raise DataError(
+            f"{dataset.name}: data.split_by is 'classes', but the data has none. Set data.split_by: images, "
+            "or data.label_column."
+        )
     divide = split_classes if config.split_by == "classes" else split_images
     train, val = divide(dataset, 1.0 - config.val_fraction, config.split_seed)
     chosen = train if config.split == "train" else val

@@ -319,7 +319,7 @@ def _read_jsonl(path: Path, wanted: Columns) -> Table:
                 continue
             where = f"{path.name}:{line}"
             try:
-                record = json.loads(content)
+                record = json.loads(content.strip())
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{where}: not JSON ({error.msg}, column {error.colno}). Write one object a line."
