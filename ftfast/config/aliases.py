@@ -137,13 +137,16 @@ def explain_unknown(path: str, index: SettingsIndex, *, flag: bool = False, also
     Returns:
         One sentence: the ftfast name of another tool's word, the nearest name, or the names that exist there.
     """
-    word = path.rsplit(".", 1)[-1]
-    alias = ALIASES.get(word.lower())
+    word = path.rsplit(".", 1)[-1].lower().replace("-", "_")
+    alias = ALIASES.get(word)
     if alias is not None and alias.target in index.settings:
         sentence = f"ftfast calls this {_quote(alias.target, flag)} ({alias.source})."
         return f"{sentence[:-1]}: {alias.note}." if alias.note else sentence
-    known = [*also, *index.settings, *(group for group in index.groups if group)]
+    blocks = () if flag else (group for group in index.groups if group)
+    known = [*also, *index.settings, *blocks]
     nearest = _nearest(path, known)
+    if not nearest and (close := nearest_word(word, ALIASES, 0.8)):
+        return explain_unknown(close, index, flag=flag)
     if nearest:
         return f"Did you mean {_quote(nearest, flag)}?"
     parent = path.rpartition(".")[0]
@@ -155,14 +158,14 @@ def explain_unknown(path: str, index: SettingsIndex, *, flag: bool = False, also
     return f"Known keys{f' in {parent!r}' if parent else ''}: {', '.join(here)}."
 
 
-def nearest_word(word: str, known: Iterable[str]) -> str:
-    """Return the known word most like ``word``, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def nearest_word(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the known word most like ``word``, or an empty string if none is at least ``cutoff`` alike."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return matches[0] if matches else ""
 
 
 def _nearest(path: str, known: list[str]) -> str:
-    lowered = path.lower()
+    lowered = path.lower().replace("-", "_")
     parent, _, word = lowered.rpartition(".")
     siblings = {name.rsplit(".", 1)[-1]: name for name in known if name.rpartition(".")[0] == parent}
     close = nearest_word(word, siblings)
@@ -171,7 +174,7 @@ def _nearest(path: str, known: list[str]) -> str:
     same_word = [name for name in known if name.rsplit(".", 1)[-1] == word]
     if same_word:
         return same_word[0]
-    return nearest_word(lowered, known)
+    return nearest_word(lowered, [name for name in known if not lowered.startswith(f"{name}.")], 0.75)
 
 
 def _quote(path: str, flag: bool) -> str:

@@ -204,6 +204,9 @@ def _explain_flag(flag: str, index: SettingsIndex) -> str:
     path = flag[2:].replace("-", "_")
     if path.startswith("options.") and "options" not in index.groups:
         return "This recipe has no options."
+    if path in index.groups:
+        example = index.children(path)[0].replace("_", "-")
+        return f"It is a block of settings; set one of them, such as '--{example}'."
     return explain_unknown(path, index, flag=True, also=(*SHORTHANDS, *SWITCHES, "config", "resume"))
 
 

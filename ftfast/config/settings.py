@@ -40,7 +40,7 @@ class Group:
 
     path: str
     """Dotted name; empty for the whole configuration."""
-    type: type
+    type: Any
     """Its dataclass."""
     help: str
     """The sentence under the field that holds it."""
@@ -55,10 +55,9 @@ class SettingsIndex:
 
     def children(self, group: str) -> list[str]:
         """Return the paths directly inside a block (``""`` is the top)."""
-        depth = group.count(".") + 2 if group else 1
         prefix = f"{group}." if group else ""
-        paths = [path for path in (*self.groups, *self.settings) if path.startswith(prefix)]
-        return [path for path in paths if path and path.count(".") + 1 == depth]
+        paths = (prefix + field.name for field in dataclasses.fields(self.groups[group].type))
+        return [path for path in paths if path in self.groups or path in self.settings]
 
 
 @functools.cache

@@ -74,7 +74,9 @@ class Reader:
         if isinstance(node, yaml.ScalarNode):
             return self._read_shorthand(node, index, source, prefix, shown)
         if not isinstance(node, yaml.MappingNode):
-            self._fail(prefix, f"{source.subject(node, shown + prefix)} must be a block of settings, got a list.")
+            self._fail(
+                prefix, f"{source.subject(node, (shown + prefix).rstrip('.'))} must be a block of settings, got a list."
+            )
             return {}
         found: dict[str, tuple[Any, str]] = {}
         first_line: dict[str, int] = {}
@@ -109,7 +111,9 @@ class Reader:
         short = SHORTHAND_FIELD.get(index.groups[prefix].type)
         if short is None:
             text = _shown(node)
-            self._fail(prefix, f"{source.subject(node, shown + prefix)} must be a block of settings, got {text}.")
+            self._fail(
+                prefix, f"{source.subject(node, (shown + prefix).rstrip('.'))} must be a block of settings, got {text}."
+            )
             return {}
         path = f"{prefix}.{short}" if prefix else short
         return {path: (str(node.value), source.origin(node))}
@@ -165,7 +169,7 @@ class Reader:
             for name, setting in index.settings.items()
             if setting.default is dataclasses.MISSING and name not in given and name not in self.failed
         ]
-        if missing:
+        if missing and len(self.problems) == before:
             names = " and ".join(f"'{name}'" for name in missing)
             self._fail(path, f"{source.subject(node, path)} lacks {names}.")
         self.failed -= set(index.settings)
@@ -296,14 +300,28 @@ def plain(value: Any) -> Any:
     return value
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text with any kind of line end in double quotes, where YAML keeps it exactly and on one line."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = '"' if any(mark in text for mark in "\n\r\x85\u2028\u2029") else None
+    return dumper.represent_scalar(f"{_CORE_TAG}str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 def _value_text(value: Any, indent: str) -> str:
     """YAML of one leaf: on one line, or as an indented block for lists of blocks."""
     simple = plain(value)
-    if isinstance(simple, (dict, list)) and any(isinstance(item, dict) for item in simple):
-        block = yaml.safe_dump(simple, sort_keys=False, allow_unicode=True, width=10**9)
-        return "\n" + "".join(f"{indent}  {line}\n" for line in block.splitlines())
-    text = yaml.safe_dump(simple, default_flow_style=True, allow_unicode=True, width=10**9)
-    return f" {text.removesuffix(chr(10)).removesuffix('...').rstrip()}\n"
+    nested = isinstance(simple, list) and any(isinstance(item, dict) for item in simple)
+    text = yaml.dump(
+        simple, Dumper=_Dumper, default_flow_style=not nested, sort_keys=False, allow_unicode=True, width=10**9
+    ).removesuffix("\n")
+    if nested:
+        return "\n" + "".join(f"{indent}  {line}\n" for line in text.split("\n"))
+    return f" {text.removesuffix(chr(10) + '...')}\n"
 
 
 def to_yaml(config: Any, origins: Mapping[str, str] | None = None) -> str:
