@@ -56,6 +56,7 @@ class Plot:
         columns: Header of the table behind it.
         rows: The table.
         draw: Draws the figure in a theme.
+        wide: Give it a whole row of the page.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Plot:
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
     draw: Callable[[Theme], Figure]
+    wide: bool = False
 
     def png(self, theme: Theme) -> bytes:
         """Draw and encode as PNG."""
@@ -77,7 +79,7 @@ class Plot:
         return buffer.getvalue()
 
 
-def new_figure(theme: Theme, width: float = 6.8, height: float = 4.6) -> Figure:
+def new_figure(theme: Theme, width: float = 5.8, height: float = 4.2) -> Figure:
     """An empty figure in the theme's background; sizes in inches."""
     from matplotlib.figure import Figure
 

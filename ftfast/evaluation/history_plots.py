@@ -74,9 +74,9 @@ def loss_terms(history: Sequence[Mapping[str, Any]]) -> Plot | None:
     curves = dict(sorted(curves.items(), key=lambda item: item[0] != "total"))
 
     def draw(theme: Theme) -> Figure:
-        across = min(len(curves), 2)
+        across = min(len(curves), 4)
         down = -(-len(curves) // across)
-        figure = new_figure(theme, height=1.2 + 2.2 * down)
+        figure = new_figure(theme, width=max(2.9 * across, 4.4), height=0.5 + 2.3 * down)
         for number, (name, points) in enumerate(curves.items()):
             axes = figure.add_subplot(down, across, number + 1)
             style_axes(axes, theme, "step" if number >= len(curves) - across else "")
@@ -88,14 +88,14 @@ def loss_terms(history: Sequence[Mapping[str, Any]]) -> Plot | None:
         return figure
 
     caption = "Weighted terms as they entered the total. Every panel has its own scale."
-    return Plot("loss_terms", "Loss terms", caption, ("step", "term", "value"), _long_rows(curves), draw)
+    return Plot("loss_terms", "Loss terms", caption, ("step", "term", "value"), _long_rows(curves), draw, wide=True)
 
 
 def _lines(
     curves: Mapping[str, list[tuple[int, float]]], ylabel: str, *, marker: str = ""
 ) -> Callable[[Theme], Figure]:
     def draw(theme: Theme) -> Figure:
-        figure = new_figure(theme, height=4.0)
+        figure = new_figure(theme, height=3.9)
         axes = figure.add_subplot()
         style_axes(axes, theme, "step", ylabel)
         for number, (name, points) in enumerate(curves.items()):

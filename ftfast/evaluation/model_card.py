@@ -30,7 +30,7 @@ def model_card(info: ReportInfo, rows: Sequence[SummaryRow], papers: Sequence[st
     sections = [
         "---\nlibrary_name: open_clip\ntags:\n- clip\n- ftfast\nlicense: # to be filled in by you\n---",
         f"# {info.title}",
-        f"{base}, fine-tuned with ftfast's recipe `{info.recipe}`. {headline(rows)}",
+        f"{base}, fine-tuned with ftfast's recipe `{info.recipe}`: {headline(rows)}",
         "## Use",
         "```python\nimport open_clip\n\n"
         f'model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{folder}")\n'

@@ -50,7 +50,7 @@ color:var(--muted);margin-right:8px;vertical-align:1px}
 .meter{position:relative;display:inline-block;width:74px;height:8px;border-radius:9px;background:var(--line);
 margin-left:10px;overflow:hidden;vertical-align:1px}
 .meter i{position:absolute;inset:0 auto 0 0;background:var(--accent);border-radius:9px}
-figure{margin:0}
+figure{margin:0}.wide figure{max-width:780px;margin:0 auto}
 figure img{display:block;width:100%;height:auto;border-radius:8px}
 figcaption,.note{color:var(--muted);font-size:.9rem;margin:12px 0 0}
 a{color:var(--accent)}
@@ -61,7 +61,8 @@ pre{overflow:auto;
 background:var(--bg);border:1px solid var(--line);border-radius:8px;padding:14px;font-size:.82rem;line-height:1.45}
 footer{color:var(--muted);font-size:.85rem;margin-top:28px;text-align:center}
 @media(max-width:760px){main{padding:24px 12px 48px}.grid{grid-template-columns:minmax(0,1fr);gap:14px}
-section{padding:16px 14px}th,td{padding:8px 7px;font-size:.92rem}.meter{display:none}}
+section{padding:16px 14px}th,td{padding:8px 7px;font-size:.92rem}.meter{display:none}
+.role{display:block;width:fit-content;margin:0 0 3px}.card .value{font-size:2.1rem}}
 @media print{body{background:#fff}section,.card{box-shadow:none;break-inside:avoid}}
 """
 
@@ -129,6 +130,11 @@ def _name_cell(row: SummaryRow) -> str:
     return f"<th scope=row><span class='role {row.role}'>{row.role}</span>{html.escape(row.title)}</th>"
 
 
+def _minus(change: float) -> str:
+    """A signed difference with a true minus sign, which is as wide as the plus."""
+    return signed(change).replace("-", "−")
+
+
 def _change_class(row: SummaryRow) -> str:
     if row.role == "target":
         return "good" if row.change > 0 else "bad"
@@ -145,7 +151,7 @@ def summary_table(rows: Sequence[SummaryRow]) -> str:
             kept = f"{percent(row.kept)} %<span class=meter><i style='width:{100 * share:.0f}%'></i></span>"
         body += (
             f"<tr>{_name_cell(row)}<td>{percent(row.before)}</td><td>{percent(row.after)}</td>"
-            f"<td class='{_change_class(row)}'>{signed(row.change)}</td><td>{kept}</td></tr>"
+            f"<td class='{_change_class(row)}'>{_minus(row.change)}</td><td>{kept}</td></tr>"
         )
     head = "<tr><th scope=col></th><th>before</th><th>after</th><th>change</th><th>kept</th></tr>"
     return f"<div class=scroll><table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
@@ -173,8 +179,9 @@ def comparison_table(tables: Mapping[str, Sequence[SummaryRow]], notes: Mapping[
                 share = share_of_reference(mine, row)
                 if not math.isnan(share):
                     what = "gain" if row.change > 0 else "loss"
-                    remark = f"<small>{100 * share:.0f} % of {html.escape(names[0])}’s {what}</small>"
-            change = f"<span class='{_change_class(mine)}'>{signed(mine.change)}</span>"
+                    text = f"{100 * share:.0f} % of {names[0]}’s {what}" if share > 0 else f"no {what}"
+                    remark = f"<small>{html.escape(text)}</small>"
+            change = f"<span class='{_change_class(mine)}'>{_minus(mine.change)}</span>"
             body += f"<td>{percent(mine.after)} {change}{remark}</td>"
         body += "</tr>"
     return (

@@ -39,7 +39,7 @@ def headline(rows: Sequence[SummaryRow]) -> str:
         rows: Summary rows.
 
     Returns:
-        For example "Target people R@1 17.8 → 34.5 (+16.7); controls kept 97.2 % on average, 94.8 % at worst."
+        For example "unseen people R@1 17.8 → 34.5 (+16.7); controls kept 97.2 % on average, 94.8 % at worst."
     """
     parts = [
         f"{row.title} {percent(row.before)} → {percent(row.after)} ({signed(row.change)})"
