@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import ftfast
-from ftfast.cli.guard import guarded
+from ftfast.cli.guard import run
 from ftfast.errors import ConfigError
 
 
@@ -109,4 +109,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 done, 1 runtime error, 2 wrong usage, settings or data, 130 interrupted.
     """
-    return guarded(dispatch, sys.argv[1:] if argv is None else argv)
+    return run(dispatch, sys.argv[1:] if argv is None else argv)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from ftfast.errors import ConfigError, FtfastError
 
 
-def guarded(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+def run(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command; report what goes wrong in one sentence on standard error.
 
     Args:

@@ -226,6 +226,19 @@ def _evaluation(config: EvalConfig) -> Iterator[Problem]:
         )
 
 
+def suite_problems(suites: tuple[SuiteConfig, ...], key: str) -> list[str]:
+    """Find contradictions in and between suites.
+
+    Args:
+        suites: Well-typed suites.
+        key: Name of the list, for messages.
+
+    Returns:
+        One sentence per problem.
+    """
+    return [problem.text for problem in _suites(suites, key)]
+
+
 def _suites(suites: tuple[SuiteConfig, ...], key: str) -> Iterator[Problem]:
     seen: set[str] = set()
     for position, suite in enumerate(suites):

@@ -244,11 +244,15 @@ def _pairs(node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
     return merged + own
 
 
-def load_nodes(file: str | Path) -> yaml.Node | None:
+def load_nodes(
+    file: str | Path, *, flag: str = "--config", root: tuple[type[yaml.Node], ...] = (yaml.MappingNode,)
+) -> yaml.Node | None:
     """Parse a YAML file without interpreting it.
 
     Args:
         file: Path of the file.
+        flag: Who named the file, for messages.
+        root: What the file may hold.
 
     Returns:
         Its root node, or None for an empty file.
@@ -256,19 +260,9 @@ def load_nodes(file: str | Path) -> yaml.Node | None:
     Raises:
         ConfigError: If the file is missing, unreadable or not YAML.
     """
-    path = Path(file)
+    text = _read_text(file, flag)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(f"--config: there is no file '{file}'.") from None
-    except IsADirectoryError:
-        raise ConfigError(f"--config: '{file}' is a folder, not a YAML file.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: not a UTF-8 text file.") from None
-    except OSError as error:
-        raise ConfigError(f"--config: cannot read '{file}': {error.strerror}.") from None
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        found = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{file}{line}: not valid YAML: {error.problem}.") from None
@@ -276,9 +270,23 @@ def load_nodes(file: str | Path) -> yaml.Node | None:
         raise ConfigError(f"{file}: not valid YAML: {str(error).splitlines()[0]}.") from None
     except RecursionError:
         raise ConfigError(f"{file}: nested too deeply.") from None
-    if root is not None and not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{file}:1: expected settings as 'key: value' lines, got {_shown(root)}.")
-    return root
+    if found is not None and not isinstance(found, root):
+        wanted = "settings as 'key: value' lines" if yaml.SequenceNode not in root else "a list of suites"
+        raise ConfigError(f"{file}:1: expected {wanted}, got {_shown(found)}.")
+    return found
+
+
+def _read_text(file: str | Path, flag: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{flag}: there is no file '{file}'.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{flag}: '{file}' is a folder, not a YAML file.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not a UTF-8 text file.") from None
+    except OSError as error:
+        raise ConfigError(f"{flag}: cannot read '{file}': {error.strerror}.") from None
 
 
 def nodes_of(values: Mapping[str, Any]) -> yaml.Node:
