@@ -2,7 +2,7 @@
 
 Every anchor is the quadratic ``sum_i c_i sum_j F_ij (theta_ij - theta*_ij)^2`` over named parameters i; they differ in
 the importance F and in the scalar c. An :class:`Anchor` only describes:
-:class:`ftfast.weightspace.optimizer.AnchoredAdamW` applies it inside its step, on whatever piece of the weights it owns.
+:class:`ftfast.weightspace.optimizer.AnchoredAdamW` applies it inside its step, on whatever piece of them it owns.
 
 Conventions that change the meaning of ``strength`` (always report them with it): no factor 1/2 unless ``half=True``;
 ``reduction="sum"`` adds over elements, ``"mean_per_tensor"`` takes the mean inside a tensor and the sum over tensors.
