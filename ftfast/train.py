@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         from ftfast.engine.dry_run import dry_run
 
-        dry_run(resolved, console)
+        dry_run(resolved, console, resume=arguments.resume, overwrite=arguments.overwrite)
         return 0
 
     from ftfast.engine.run import train
@@ -57,6 +57,6 @@ if __name__ == "__main__":
     # A launcher starts this file with its own folder first on the path; ftfast must come from where it is installed.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or os.curdir) != here]
-    from ftfast.cli import guard
+    from ftfast.cli.guard import guarded
 
-    sys.exit(guard.run(main, sys.argv[1:]))
+    sys.exit(guarded(main, sys.argv[1:]))

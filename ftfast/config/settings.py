@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import sys
 import textwrap
 import types
 import typing
@@ -102,8 +101,7 @@ def optional_inner(annotation: Any) -> tuple[Any, bool]:
 
 def field_types(cls: type) -> dict[str, Any]:
     """Return the resolved annotation of every field of a dataclass."""
-    module = sys.modules.get(cls.__module__)
-    return typing.get_type_hints(cls, vars(module) if module else None)
+    return typing.get_type_hints(cls)  # each base class is read in its own module
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -137,6 +138,7 @@ def validation_suites(data: DataConfig, generic: DataConfig, recipe: Recipe) -> 
         One or two suites.
     """
     suites = []
+    role: Literal["target", "control"]
     for name, role, source in (("target", "target", data), ("generic", "control", generic)):
         if name == "generic" and not (recipe.uses_generic and source.path):
             continue
@@ -146,8 +148,15 @@ def validation_suites(data: DataConfig, generic: DataConfig, recipe: Recipe) -> 
             held_out = dataclasses.replace(source, split="val")
         else:
             continue
-        task = "image_retrieval" if open_dataset(held_out).labels is not None else "image_text_retrieval"
-        suites.append(SuiteConfig(name=name, task=task, role=role, data=held_out))
+        labelled = open_dataset(held_out).labels is not None
+        suites.append(
+            SuiteConfig(
+                name=name,
+                task="image_retrieval" if labelled else "image_text_retrieval",
+                role=role,
+                data=held_out,
+            )
+        )
     return tuple(suites)
 
 
@@ -212,7 +221,7 @@ def build_loaders(
     Raises:
         ConfigError: If a batch is larger than its source.
     """
-    loaders = {}
+    loaders: dict[str, BatchLoader] = {}
     for number, spec in enumerate(plan.batches):
         dataset = datasets[spec.source]
         if config.train.batch_size > len(dataset):
@@ -252,7 +261,7 @@ def build_engine(run: Run) -> TorchEngine:
 
 def build_objective(run: Run, engine: TorchEngine, cache_dir: Path | None, on_progress: Progress | None) -> Objective:
     """Prepare teachers (cached features are computed or read here) and the objective."""
-    tables = {}
+    tables: dict[str, Tensor] = {}
     for spec in run.plan.batches:
         if spec.teacher == "cached_image":
             tables[spec.source] = embed_source(run, run.datasets[spec.source], cache_dir, on_progress)

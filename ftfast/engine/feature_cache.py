@@ -14,12 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ftfast.data import ImageDataset, iterate_once
+from ftfast.data.builtin import cache_root
 from ftfast.models.loading import LoadedModel
-
-
-def default_cache_dir() -> Path:
-    """Return ``$FTFAST_CACHE`` or ``~/.cache/ftfast``."""
-    return Path(os.environ.get("FTFAST_CACHE") or Path.home() / ".cache" / "ftfast")
 
 
 @torch.no_grad()
@@ -41,7 +37,7 @@ def cached_image_features(
     Args:
         loaded: The teacher, with its pretrained weights.
         dataset: Images in their own order.
-        cache_dir: Folder of the cache; None: :func:`default_cache_dir`.
+        cache_dir: Folder of the cache; None: ``$FTFAST_CACHE`` or ``~/.cache/ftfast``.
         batch_size: Images per forward pass.
         workers: Decoding processes.
         on_progress: Called with (done, total).
@@ -56,7 +52,7 @@ def cached_image_features(
             [loaded.fingerprint, dataset.fingerprint, loaded.preprocess_config], sort_keys=True, default=str
         ).encode()
     ).hexdigest()[:32]
-    path = (cache_dir or default_cache_dir()) / "features" / f"{key}.safetensors"
+    path = (cache_dir or cache_root()) / "features" / f"{key}.safetensors"
     if path.is_file():
         features = load_file(path)["image_features"]
         if features.shape == (len(dataset), loaded.embed_dim):

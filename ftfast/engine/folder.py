@@ -87,7 +87,7 @@ def create_folder(folder: Path, config: TrainConfig, argv: Sequence[str]) -> Non
 
 def environment() -> dict[str, Any]:
     """Return versions of Python, the platform and the packages a result depends on."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

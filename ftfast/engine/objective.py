@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftfast.data import Batch
 from ftfast.engine.torch_engine import Engine, unit
@@ -27,7 +28,7 @@ class Teachers:
     def __init__(self, plan: Plan, loaded: LoadedModel, tables: Mapping[str, Tensor], device: torch.device) -> None:
         self.device = device
         self.tables = tables
-        self.model: nn.Module | None = None
+        self.model: Any = None
         if any(spec.teacher == "live" for spec in plan.batches):
             self.model = copy.deepcopy(loaded.model).to(device).eval().requires_grad_(False)
 

@@ -26,7 +26,7 @@ class TunedModel(nn.Module):
 
     def __init__(self, clip: nn.Module, heads: nn.ModuleDict, freeze_batch_norm: bool = True) -> None:
         super().__init__()
-        self.clip = clip
+        self.clip: Any = clip  # open_clip's classes have no typed base with encode_image and encode_text
         self.heads = heads
         self.freeze_batch_norm = freeze_batch_norm
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -25,7 +27,7 @@ def tower_of(name: str) -> str:
     return "text" if name.startswith(TEXT_PREFIXES) else "logit"
 
 
-def apply_locks(model: nn.Module, config: ModelConfig) -> None:
+def apply_locks(model: Any, config: ModelConfig) -> None:
     """Freeze towers as ``config`` says, in place.
 
     Args:

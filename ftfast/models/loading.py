@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ftfast.config.schema import ModelConfig
 from ftfast.errors import ModelError
@@ -38,7 +38,7 @@ class LoadedModel:
         tokenizer_files: Files that must travel with the weights so that open_clip finds the tokenizer again.
     """
 
-    model: nn.Module
+    model: Any  # an nn.Module; open_clip's classes share encode_image/encode_text but no typed base
     train_transform: Callable[[Any], Tensor]
     eval_transform: Callable[[Any], Tensor]
     tokenizer: Callable[[list[str]], Tensor]

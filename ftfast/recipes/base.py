@@ -57,6 +57,9 @@ class Features:
     teacher_text: Tensor | None = None
 
 
+View = Literal["random_resized_crop", "resize_crop", "eval"]
+"""Training views, as in ``ftfast.data.train_transform``."""
+
 TextSource = Callable[[Batch, int], Sequence[str]]
 """Maps a batch and the step number to the texts encoded for it."""
 
@@ -76,7 +79,7 @@ class BatchSpec:
 
     name: str
     source: Literal["data", "generic"] = "data"
-    view: str = "resize_crop"
+    view: View = "resize_crop"
     texts: TextSource | None = None
     teacher: Literal["", "cached_image", "live"] = ""
 

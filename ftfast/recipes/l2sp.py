@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from ftfast.recipes import finetune
-from ftfast.recipes.base import Context, Paper, Plan, Recipe
+from ftfast.recipes.base import Context, Features, Paper, Plan, Recipe
 from ftfast.weightspace import l2_sp
 
 
@@ -28,10 +31,14 @@ def build(context: Context) -> Plan:
     terms = plan.terms
     if plan.heads and options.head_weight:
         weights = list(plan.heads.parameters())
+
+        def half_squared_norm(features: Features) -> Tensor:
+            return 0.5 * torch.stack([(weight.float() ** 2).sum() for weight in weights]).sum()
+
         decay = replace(
             terms[0],
             name="head_decay",
-            loss=lambda features: 0.5 * sum((w.float() ** 2).sum() for w in weights),
+            loss=half_squared_norm,
             weight=options.head_weight,
             source="L2-SP eq. 2, second sum",
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ftfast import kernels
 from ftfast.errors import ConfigError
 from ftfast.losses import ClipLoss, NormFaceLoss
-from ftfast.recipes.base import BatchSpec, Context, Features, Term, captions, class_prompts_source
+from ftfast.recipes.base import BatchSpec, Context, Features, Term, View, captions, class_prompts_source
 
 TaskKind = Literal["auto", "normface", "class_prompts", "clip"]
 
@@ -30,7 +30,7 @@ def build_task(
     *,
     scale: float = 16.0,
     label_smoothing: float = 0.0,
-    view: str = "resize_crop",
+    view: View = "resize_crop",
     teacher: Literal["", "live"] = "",
 ) -> Task:
     """Declare the task batch and its loss.
