@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ftfast.evaluation.drawing import DARK, LIGHT, Plot
+from ftfast.evaluation.drawing import Plot
 from ftfast.evaluation.results import SummaryRow
 from ftfast.evaluation.tables import percent, share_of_reference, signed
 
@@ -116,12 +116,12 @@ def page(title: str, subtitle: str, lead: str, cards: Sequence[Card], sections: 
     )
 
 
-def figure_html(plot: Plot) -> str:
-    """A plot as a figure with its caption; the browser picks the light or the dark picture."""
-    light, dark = (base64.b64encode(plot.png(theme)).decode("ascii") for theme in (LIGHT, DARK))
+def figure_html(plot: Plot, light: bytes, dark: bytes) -> str:
+    """A plot's two PNGs as a figure with its caption; the browser picks the light or the dark picture."""
+    day, night = (base64.b64encode(picture).decode("ascii") for picture in (light, dark))
     return (
-        f'<figure><picture><source media="(prefers-color-scheme:dark)" srcset="data:image/png;base64,{dark}">'
-        f'<img alt="{html.escape(plot.title)}" src="data:image/png;base64,{light}"></picture>'
+        f'<figure><picture><source media="(prefers-color-scheme:dark)" srcset="data:image/png;base64,{night}">'
+        f'<img alt="{html.escape(plot.title)}" src="data:image/png;base64,{day}"></picture>'
         f'<figcaption>{html.escape(plot.caption)} <a href="{html.escape(plot.name)}.csv">CSV</a></figcaption></figure>'
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftfast.config.schema import SuiteConfig
-from ftfast.evaluation.drawing import LIGHT, Plot
+from ftfast.evaluation.drawing import DARK, LIGHT, Plot
 from ftfast.evaluation.history_plots import learning_rate, loss_terms, validation
 from ftfast.evaluation.page import Card, Section, comparison_table, figure_html, page, summary_table
 from ftfast.evaluation.plots import RunPoints, alpha_sweep, gained_versus_forgotten
@@ -114,7 +114,7 @@ def write_report(
         learning_rate(history),
         loss_terms(history),
     ]
-    shown = _save_plots(target, [plot for plot in plots if plot is not None])
+    shown = [plot for plot in plots if plot is not None]
     start_tag = info.pretrained or "start"
     write_results(target, info.suites, {start_tag: before, f"{start_tag}+{info.recipe}": after}, model=info.model)
     _write_summary_csv(target, rows)
@@ -125,7 +125,7 @@ def write_report(
             summary_table(rows) + (f"<p class=note>{html.escape(best)}</p>" if best else ""),
             wide=True,
         ),
-        *(Section(plot.title, figure_html(plot), wide=plot.wide) for plot in shown),
+        *_plot_sections(target, shown),
         Section("This run", _facts_html(info), wide=True),
     ]
     subtitle = " · ".join(part for part in (info.model, info.pretrained, info.data) if part)
@@ -182,7 +182,7 @@ def write_comparison(
     ]
     sweeps = {entry.name: entry.sweep for entry in entries}
     plots = [gained_versus_forgotten(suites, start, entries), alpha_sweep(suites, sweeps)]
-    shown = _save_plots(target, [plot for plot in plots if plot is not None])
+    shown = [plot for plot in plots if plot is not None]
     tag = info.pretrained or "start"
     versions = {tag: start, **{f"{tag}+{run.name}": run.results for run in runs}}
     write_results(target, suites, versions, model=info.model)
@@ -192,7 +192,7 @@ def write_comparison(
             comparison_table(tables, {run.name: run.note for run in runs}),
             wide=True,
         ),
-        *(Section(plot.title, figure_html(plot), wide=plot.wide) for plot in shown),
+        *_plot_sections(target, shown),
         Section("This run", _facts_html(info), wide=True),
     ]
     last = runs[-1]
@@ -236,11 +236,15 @@ def _versus(rows: Sequence[SummaryRow], reference: Sequence[SummaryRow], name: s
     return f"; {name}: {percent(sum(row.kept for row in twins) / len(twins))} %"
 
 
-def _save_plots(folder: Path, plots: Sequence[Plot]) -> list[Plot]:
+def _plot_sections(folder: Path, plots: Sequence[Plot]) -> list[Section]:
+    """Write each plot's PNG and CSV, and return its box of the page."""
+    sections = []
     for plot in plots:
-        write_atomically(folder / f"{plot.name}.png", plot.png(LIGHT))
+        light, dark = plot.png(LIGHT), plot.png(DARK)
+        write_atomically(folder / f"{plot.name}.png", light)
         write_csv(folder / f"{plot.name}.csv", plot.columns, plot.rows)
-    return list(plots)
+        sections.append(Section(plot.title, figure_html(plot, light, dark), wide=plot.wide))
+    return sections
 
 
 def _write_summary_csv(folder: Path, rows: Sequence[SummaryRow]) -> None:
