@@ -110,12 +110,12 @@ FTFAST_TARGET void scan(const float* const* rows, int row_count, const float* co
   }
 }
 
+// The products are written as instructions: given intrinsics, GCC copies and spills accumulators in the inner loop.
 #define FTFAST_TILE_ATTRIBUTE FTFAST_TARGET
 #define FTFAST_TILE_NAME fp32
 #define FTFAST_ACC __m512
 #define FTFAST_START(t, c) _mm512_setzero_ps()
-#define FTFAST_STEP(acc, rows, query) \
-  _mm512_fmadd_ps(_mm512_castsi512_ps(rows), _mm512_castsi512_ps(_mm512_set1_epi32(query)), acc)
+#define FTFAST_STEP(acc, rows, query) __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(rows), "v"(query))
 #define FTFAST_FLOAT(acc) (acc)
 #include "avx512_tile.h"
 
@@ -123,7 +123,7 @@ FTFAST_TARGET void scan(const float* const* rows, int row_count, const float* co
 #define FTFAST_TILE_NAME int8
 #define FTFAST_ACC __m512i
 #define FTFAST_START(t, c) _mm512_set1_epi32((t).start[c])
-#define FTFAST_STEP(acc, rows, query) _mm512_dpbusd_epi32(acc, rows, _mm512_set1_epi32(query))
+#define FTFAST_STEP(acc, rows, query) __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(rows), "v"(query))
 #define FTFAST_FLOAT(acc) _mm512_cvtepi32_ps(acc)
 #include "avx512_tile.h"
 
@@ -131,8 +131,7 @@ FTFAST_TARGET void scan(const float* const* rows, int row_count, const float* co
 #define FTFAST_TILE_NAME bf16
 #define FTFAST_ACC __m512
 #define FTFAST_START(t, c) _mm512_setzero_ps()
-#define FTFAST_STEP(acc, rows, query) \
-  _mm512_dpbf16_ps(acc, (__m512bh)(rows), (__m512bh)(_mm512_set1_epi32(query)))
+#define FTFAST_STEP(acc, rows, query) __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(rows), "v"(query))
 #define FTFAST_FLOAT(acc) (acc)
 #include "avx512_tile.h"
 

@@ -19,9 +19,11 @@ FTFAST_TILE_ATTRIBUTE bool FTFAST_PART(const Tile& t) {
 #pragma GCC unroll 3
     for (int p = 0; p < P; ++p) rows[p] = _mm512_load_si512(panels + static_cast<size_t>(p) * stride);
 #pragma GCC unroll 8
-    for (int c = 0; c < Q; ++c)
+    for (int c = 0; c < Q; ++c) {
+      const __m512i query = _mm512_set1_epi32(queries[c]);
 #pragma GCC unroll 3
-      for (int p = 0; p < P; ++p) acc[p][c] = FTFAST_STEP(acc[p][c], rows[p], queries[c]);
+      for (int p = 0; p < P; ++p) FTFAST_STEP(acc[p][c], rows[p], query);
+    }
     panels += 64;
     queries += Q;
   }

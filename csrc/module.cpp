@@ -104,14 +104,14 @@ py::tuple topk(const py::dict& settings, const Shadow* shadow, std::uintptr_t sc
   require(k >= 1 && k <= request.gallery.rows, "k must be between 1 and the number of gallery rows");
   Counters counters;
   const auto hits = run(request, kernels, counters);
-  float* score = reinterpret_cast<float*>(scores);
+  double* score = reinterpret_cast<double*>(scores);
   int64_t* index = reinterpret_cast<int64_t*>(indices);
-  const float sign = request.options.metric == Metric::l2 ? -1.0f : 1.0f;
+  const double sign = request.options.metric == Metric::l2 ? -1.0 : 1.0;
   for (const auto& list : hits)
     for (int64_t j = 0; j < k; ++j) {
       const bool present = j < static_cast<int64_t>(list.size());
       const double value = present ? list[j].score : -std::numeric_limits<double>::infinity();
-      *score++ = sign * static_cast<float>(value);
+      *score++ = sign * value;
       *index++ = present ? list[j].id : -1;
     }
   return counts(counters);

@@ -7,7 +7,7 @@
 // The result of a query holds the k pairs with the largest s, sorted best first.
 //   * Equal scores come by rising index.
 //   * A NaN score is never selected. Where fewer than k rows are allowed the tail has index -1 and score -inf.
-//   * Indices are int64, scores are the float64 scores rounded to float32.
+//   * Indices are int64; scores are float64 inside (an exact merge of shards needs them) and reported in float32.
 //   * The result depends neither on the number of threads nor on the instruction set.
 //   * Memory is O(queries x k + a block), never O(queries x rows).
 //

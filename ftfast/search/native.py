@@ -158,11 +158,11 @@ def topk_native(
         threads: Default: torch's setting.
 
     Returns:
-        Scores (Q, k) float32, indices (Q, k) int64 and the counters. The result does not depend on `mode`, `isa` or
+        Scores (Q, k) float64, indices (Q, k) int64 and the counters. The result does not depend on `mode`, `isa` or
         `threads`.
     """
     module = require_extension()
-    scores = torch.empty(problem.queries.shape[0], problem.k, dtype=torch.float32)
+    scores = torch.empty(problem.queries.shape[0], problem.k, dtype=torch.float64)
     indices = torch.empty(problem.queries.shape[0], problem.k, dtype=torch.int64)
     settings = _settings(problem, mode or default_mode(problem.gallery.shape[1], isa), threads)
     handle = None if shadow is None else shadow.handle

@@ -29,7 +29,7 @@ def topk_reference(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         problem: The checked search.
 
     Returns:
-        Scores (Q, k) float32 (squared distances for l2) and indices (Q, k) int64. Where fewer than k rows are allowed,
+        Scores (Q, k) float64 (squared distances for l2) and indices (Q, k) int64. Where fewer than k rows are allowed,
         the tail holds index -1 with score -inf (+inf for l2).
 
     Memory is O(Q k + one block). Runs on any device torch supports, and is deterministic.
@@ -41,7 +41,7 @@ def topk_reference(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     indices = torch.cat([part[1] for part in parts])
     if problem.metric == "l2":
         scores = -scores
-    return scores.float(), indices
+    return scores, indices
 
 
 def _search_chunk(problem: Problem, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ftfast.errors import ShapeError
-from ftfast.search.arrays import Problem, check_problem, result_wrapper
-from ftfast.search.native import extension, topk_native
-from ftfast.search.reference import topk_reference
+from ftfast.search.arrays import check_problem, result_wrapper
+from ftfast.search.faiss_backend import topk_faiss
+from ftfast.search.operator import topk_op
 
 BACKENDS = ("auto", "native", "torch", "faiss")
 
@@ -38,8 +36,8 @@ def topk(
         exclude_self: True if the queries are the gallery (query i must not find row i), or (Q,) int64 naming the row
             that each query must not find (-1: none).
         mask: (N,) or (Q, N) bool, True where a row may be returned.
-        backend: "auto", "native" (the compiled extension), "torch" (plain PyTorch) or "faiss" (approximate indexes are
-            in `ftfast.search.faiss_index`; here the exact flat index of the installed faiss).
+        backend: "auto", "native" (the compiled extension), "torch" (plain PyTorch) or "faiss" (the flat index of the
+            installed faiss; its approximate indexes are in `ftfast.search.FaissIndex`).
 
     Returns:
         Scores (Q, k) float32 and indices (Q, k) int64, in the array library of `queries`. Where fewer than k rows are
@@ -52,17 +50,10 @@ def topk(
     """
     if backend not in BACKENDS:
         raise ShapeError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}.")
-    problem = check_problem(queries, gallery, k, metric, exclude_self, mask)
+    p = check_problem(queries, gallery, k, metric, exclude_self, mask)
     wrap = result_wrapper(queries)
-    scores, indices = _dispatch(problem, backend)
+    if backend == "faiss":
+        scores, indices = topk_faiss(p)
+    else:
+        scores, indices = topk_op(p.queries, p.gallery, p.k, p.metric, p.exclude, p.mask, backend)
     return wrap(scores), wrap(indices)
-
-
-def _dispatch(problem: Problem, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    device = problem.queries.device.type
-    if backend == "native" or (backend == "auto" and device == "cpu" and extension() is not None):
-        if device != "cpu":
-            raise ShapeError(f"backend 'native' searches CPU arrays, but queries are on {device}; use backend='auto'.")
-        scores, indices, _ = topk_native(problem)
-        return scores, indices
-    return topk_reference(problem)
