@@ -187,9 +187,13 @@ class BatchLoader:
 
     def _count_bad(self, bad: tuple[tuple[int, str], ...]) -> None:
         self._bad.update(bad)
+        first = " ".join(list(self._bad.values())[:3])
+        if len(self._bad) == len(self._dataset):
+            raise DataError(
+                f"{self._dataset.name}: none of its {len(self._bad):,} images can be decoded. First: {first}"
+            )
         if len(self._bad) <= self._allowed:
             return
-        first = " ".join(list(self._bad.values())[:3])
         raise DataError(
             f"{self._dataset.name}: {len(self._bad)} of {len(self._dataset):,} images cannot be decoded, more than "
             f"data.max_bad_fraction {self._max_bad_fraction:g} allows. First: {first} "

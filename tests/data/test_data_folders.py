@@ -86,8 +86,8 @@ def test_empty_class_folder(pets):
 def test_class_with_one_image(pets):
     image(pets / "bird" / "a.png")
     assert message(pets) == (
-        "pets: class 'bird' has 1 image, fewer than data.min_images_per_class 2. Retrieval and a train/validation split "
-        "need two: add images, remove the class, or set data.min_images_per_class: 1."
+        "pets: class 'bird' has 1 image, fewer than data.min_images_per_class 2. Retrieval and a train/validation "
+        "split need two: add images, remove the class, or set data.min_images_per_class: 1."
     )
     assert len(open_dataset(DataConfig(path=str(pets), min_images_per_class=1))) == 5
 
@@ -104,8 +104,8 @@ def test_split_folders_are_not_classes(tmp_path):
 def test_images_beside_class_folders_are_ambiguous(pets):
     image(pets / "stray.png")
     assert message(pets) == (
-        f"{pets}: 1 images lie in the folder itself and 4 in folders below it. Set data.format: imagefolder (folders are "
-        "classes, the others are ignored) or data.format: images."
+        f"{pets}: 1 images lie in the folder itself and 4 in folders below it. Set data.format: imagefolder (folders "
+        "are classes, the others are ignored) or data.format: images."
     )
     assert len(open_dataset(DataConfig(path=str(pets), format="imagefolder"))) == 4
     assert len(open_dataset(DataConfig(path=str(pets), format="images"))) == 5

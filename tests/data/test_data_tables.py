@@ -89,13 +89,13 @@ def test_what_csv_writes_is_what_is_read(tmp_path_factory, rows, separator):
 def test_any_bytes_give_a_table_or_one_sentence(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("bytes") / "t.csv"
     path.write_bytes(b"filepath,title\n" + content)
+    problem, rows = "", 0
     try:
-        table = read_table(path, Columns())
+        rows = len(read_table(path, Columns()).values["filepath"])
     except DataError as error:
-        assert str(error).startswith("t.csv")
-        assert len(str(error)) < 400
-    else:
-        assert len(table.lines) == len(table.values["filepath"]) > 0
+        problem = str(error)
+    assert (rows > 0) != problem.startswith("t.csv")
+    assert len(problem) < 400
 
 
 def test_jsonl_and_parquet(folder):
@@ -105,15 +105,10 @@ def test_jsonl_and_parquet(folder):
     assert data.class_names == ("0", "1")
     assert data.origin == "table t.jsonl (JSON lines)"
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "t.parquet")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), folder / "t.parquet")
     other = open_dataset(DataConfig(path=str(folder / "t.parquet")))
-    assert (other.texts, other.class_names, other.labels.tolist()) == (
-        data.texts,
-        data.class_names,
-        data.labels.tolist(),
-    )
+    assert (other.texts, other.class_names) == (data.texts, data.class_names)
+    np.testing.assert_array_equal(other.labels, data.labels)
 
 
 def test_parquet_without_pyarrow_names_the_extra(folder, monkeypatch):
@@ -224,14 +219,15 @@ MESSAGES = {
     "one image in a class": (
         "image,label\n0.png,cat\n1.png,cat\n2.png,dog\n",
         {},
-        "pairs: class 'dog' has 1 image, fewer than data.min_images_per_class 2. Retrieval and a train/validation split "
-        "need two: add images, remove the class, or set data.min_images_per_class: 1.",
+        "pairs: class 'dog' has 1 image, fewer than data.min_images_per_class 2. Retrieval and a train/validation "
+        "split need two: add images, remove the class, or set data.min_images_per_class: 1.",
     ),
     "one image in many classes": (
         "image,label\n0.png,cat\n1.png,cow\n2.png,dog\n",
         {},
-        "pairs: class 'cat' has 1 image (and 2 more classes like it), fewer than data.min_images_per_class 2. Retrieval "
-        "and a train/validation split need two: add images, remove the class, or set data.min_images_per_class: 1.",
+        "pairs: class 'cat' has 1 image (and 2 more classes like it), fewer than data.min_images_per_class 2. "
+        "Retrieval and a train/validation split need two: add images, remove the class, or set "
+        "data.min_images_per_class: 1.",
     ),
     "web addresses": (
         "image,caption\nhttps://a.org/0.png,a\n",
