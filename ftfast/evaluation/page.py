@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ftfast.evaluation.drawing import Plot
 from ftfast.evaluation.results import SummaryRow
-from ftfast.evaluation.tables import percent, share_of_reference, signed
+from ftfast.evaluation.tables import after_text, percent, share_of_reference, signed
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#f5f7fa;--card:#fff;--ink:#1b2430;--muted:#66717f;--line:#e4e8ee;--accent:#0072b2;
@@ -62,7 +62,8 @@ background:var(--bg);border:1px solid var(--line);border-radius:8px;padding:14px
 footer{color:var(--muted);font-size:.85rem;margin-top:28px;text-align:center}
 @media(max-width:760px){main{padding:24px 12px 48px}.grid{grid-template-columns:minmax(0,1fr);gap:14px}
 section{padding:16px 14px}th,td{padding:8px 7px;font-size:.92rem}.meter{display:none}
-.role{display:block;width:fit-content;margin:0 0 3px}.card .value{font-size:2.1rem}}
+.role{display:block;width:fit-content;margin:0 0 3px}.card{padding:14px 16px}.card .value{font-size:2rem}
+.cards{grid-template-columns:1fr 1fr;gap:12px}.card:nth-child(3){grid-column:1/-1}}
 @media print{body{background:#fff}section,.card{box-shadow:none;break-inside:avoid}}
 """
 
@@ -150,7 +151,7 @@ def summary_table(rows: Sequence[SummaryRow]) -> str:
             share = max(min(row.kept, 1.0), 0.0)
             kept = f"{percent(row.kept)} %<span class=meter><i style='width:{100 * share:.0f}%'></i></span>"
         body += (
-            f"<tr>{_name_cell(row)}<td>{percent(row.before)}</td><td>{percent(row.after)}</td>"
+            f"<tr>{_name_cell(row)}<td>{percent(row.before)}</td><td>{after_text(row)}</td>"
             f"<td class='{_change_class(row)}'>{_minus(row.change)}</td><td>{kept}</td></tr>"
         )
     head = "<tr><th scope=col></th><th>before</th><th>after</th><th>change</th><th>kept</th></tr>"
@@ -182,7 +183,7 @@ def comparison_table(tables: Mapping[str, Sequence[SummaryRow]], notes: Mapping[
                     text = f"{100 * share:.0f} % of {names[0]}’s {what}" if share > 0 else f"no {what}"
                     remark = f"<small>{html.escape(text)}</small>"
             change = f"<span class='{_change_class(mine)}'>{_minus(mine.change)}</span>"
-            body += f"<td>{percent(mine.after)} {change}{remark}</td>"
+            body += f"<td>{after_text(mine)} {change}{remark}</td>"
         body += "</tr>"
     return (
         f"<div class=scroll><table><thead><tr><th scope=col></th><th>pretrained</th>{head}</tr></thead>"

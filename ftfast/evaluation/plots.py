@@ -116,6 +116,8 @@ def _note(
 
 def _draw_run(axes: Axes, theme: Theme, colour: str, rows: Sequence[tuple[Any, ...]], start: tuple[Any, ...]) -> None:
     """Checkpoints as open circles, the alpha curve as a line with dots, the end as a large labelled dot."""
+    from matplotlib.patheffects import withStroke
+
     name = rows[-1][0]
     steps = sorted((row for row in rows if row[1] == "checkpoint"), key=lambda row: row[2])
     if steps:
@@ -143,6 +145,7 @@ def _draw_run(axes: Axes, theme: Theme, colour: str, rows: Sequence[tuple[Any, .
         fontsize=11,
         fontweight="bold",
         zorder=7,
+        path_effects=[withStroke(linewidth=3, foreground=theme.face)],
     )
 
 

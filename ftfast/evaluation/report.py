@@ -69,6 +69,7 @@ class RunSummary:
         sweep: Interpolations between start and end.
         checkpoints: Results during training.
         note: A short remark for the table, such as the training time.
+        seeds: Results of each seed, if ``results`` is their mean; the table then shows the spread.
     """
 
     name: str
@@ -76,6 +77,7 @@ class RunSummary:
     sweep: tuple[SweepPoint, ...] = ()
     checkpoints: tuple[CheckpointResult, ...] = ()
     note: str = ""
+    seeds: tuple[Results, ...] = ()
 
 
 def write_report(
@@ -94,7 +96,7 @@ def write_report(
         before: Results of the start model on ``info.suites``.
         after: Results of the tuned model on the same.
         history: Log rows: "step", "train/loss", "train/loss/<term>", "train/lr", "eval/<suite>/<metric>".
-        sweep: Results between start and tuned weights; missing end points are ``before`` and ``after``.
+        sweep: Results between start and tuned weights; alpha 0 is ``before`` if it is missing.
         info: Names, suites and facts.
 
     Returns:
@@ -105,11 +107,11 @@ def write_report(
     """
     target = Path(folder) / "report"
     rows = summary_rows(info.suites, before, after)
-    points = complete_sweep(sweep, before, after)
-    run = RunPoints(info.recipe, after, tuple(points), info.checkpoints)
+    points = _from_start(sweep, before)
+    run = RunPoints(info.recipe, after, points, info.checkpoints)
     plots = [
         gained_versus_forgotten(info.suites, before, [run]),
-        alpha_sweep(info.suites, {info.recipe: points}) if sweep else None,
+        alpha_sweep(info.suites, {info.recipe: points}),
         validation(history, info.validation),
         learning_rate(history),
         loss_terms(history),
@@ -117,7 +119,7 @@ def write_report(
     shown = [plot for plot in plots if plot is not None]
     start_tag = info.pretrained or "start"
     write_results(target, info.suites, {start_tag: before, f"{start_tag}+{info.recipe}": after}, model=info.model)
-    _write_summary_csv(target, rows)
+    _write_summary_csv(target, {info.recipe: rows})
     best = sweep_line(info.suites, best_alpha(info.suites, points)) if sweep else ""
     sections = [
         Section(
@@ -135,20 +137,15 @@ def write_report(
     return write_atomically(target / "index.html", page(info.title, subtitle, sentence, _cards(rows), sections))
 
 
-def complete_sweep(sweep: Sequence[SweepPoint], before: Results, after: Results) -> list[SweepPoint]:
-    """The sweep in order of alpha, with its end points taken from ``before`` and ``after`` where they are missing.
+def _from_start(sweep: Sequence[SweepPoint], start: Results) -> tuple[SweepPoint, ...]:
+    """The sweep in order of alpha, beginning at the start model.
 
-    Args:
-        sweep: Measured points.
-        before: Results at alpha 0.
-        after: Results at alpha 1.
-
-    Returns:
-        Sorted points.
+    Alpha 1 is not filled in: a recipe such as WiSE-FT ends at weights that are not its tuned ones.
     """
-    known = {point.alpha for point in sweep}
-    ends = [SweepPoint(alpha, results) for alpha, results in ((0.0, before), (1.0, after)) if alpha not in known]
-    return sorted([*sweep, *ends], key=lambda point: point.alpha)
+    if not sweep:
+        return ()
+    first = () if any(point.alpha == 0 for point in sweep) else (SweepPoint(0.0, start),)
+    return tuple(sorted((*first, *sweep), key=lambda point: point.alpha))
 
 
 def write_comparison(
@@ -170,16 +167,17 @@ def write_comparison(
         DataError: A run lacks a suite.
     """
     target = Path(folder) / "report"
-    tables = {run.name: summary_rows(suites, start, run.results) for run in runs}
+    tables = {run.name: summary_rows(suites, start, run.results, run.seeds) for run in runs}
     entries = [
         RunPoints(
             run.name,
             run.results,
-            tuple(complete_sweep(run.sweep, start, run.results)) if run.sweep else (),
+            _from_start(run.sweep, start),
             run.checkpoints,
         )
         for run in runs
     ]
+    _write_summary_csv(target, tables)
     sweeps = {entry.name: entry.sweep for entry in entries}
     plots = [gained_versus_forgotten(suites, start, entries), alpha_sweep(suites, sweeps)]
     shown = [plot for plot in plots if plot is not None]
@@ -247,9 +245,13 @@ def _plot_sections(folder: Path, plots: Sequence[Plot]) -> list[Section]:
     return sections
 
 
-def _write_summary_csv(folder: Path, rows: Sequence[SummaryRow]) -> None:
-    columns = ("suite", "role", "metric", "before", "after", "change", "kept")
-    cells = [(r.suite, r.role, r.metric, r.before, r.after, r.change, r.kept) for r in rows]
+def _write_summary_csv(folder: Path, tables: Mapping[str, Sequence[SummaryRow]]) -> None:
+    columns = ("run", "suite", "role", "metric", "before", "after", "spread", "change", "kept")
+    cells = [
+        (name, r.suite, r.role, r.metric, r.before, r.after, r.spread, r.change, r.kept)
+        for name, rows in tables.items()
+        for r in rows
+    ]
     write_csv(folder / "summary.csv", columns, cells)
 
 

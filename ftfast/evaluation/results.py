@@ -43,7 +43,8 @@ class SummaryRow:
         role: "target" or "control".
         metric: Main metric.
         before: Value of the start model, in [0, 1].
-        after: Value of the tuned model, in [0, 1].
+        after: Value of the tuned model, in [0, 1]; with several seeds their mean.
+        spread: Sample standard deviation of ``after`` over seeds; None for one seed.
     """
 
     suite: str
@@ -51,6 +52,7 @@ class SummaryRow:
     metric: str
     before: float
     after: float
+    spread: float | None = None
 
     @property
     def change(self) -> float:
@@ -84,13 +86,16 @@ class CheckpointResult:
     results: Results
 
 
-def summary_rows(suites: Sequence[SuiteConfig], before: Results, after: Results) -> list[SummaryRow]:
+def summary_rows(
+    suites: Sequence[SuiteConfig], before: Results, after: Results, seeds: Sequence[Results] = ()
+) -> list[SummaryRow]:
     """Main metric of each suite before and after, targets first.
 
     Args:
         suites: Suites that were measured both times.
         before: Results of the start model.
         after: Results of the tuned model.
+        seeds: Results of each seed that ``after`` is the mean of, for the spread.
 
     Returns:
         One row per suite.
@@ -109,7 +114,8 @@ def summary_rows(suites: Sequence[SuiteConfig], before: Results, after: Results)
                     f"were: {', '.join(results) or 'none'}."
                 )
             values.append(results[suite.name][metric])
-        rows.append(SummaryRow(suite.name, suite.role, metric, values[0], values[1]))
+        spread = statistics.stdev(run[suite.name][metric] for run in seeds) if len(seeds) > 1 else None
+        rows.append(SummaryRow(suite.name, suite.role, metric, values[0], values[1], spread))
     return rows
 
 

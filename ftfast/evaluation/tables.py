@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ftfast.config.schema import SuiteConfig
-from ftfast.evaluation.results import SeedSummary, SummaryRow, SweepPoint, role_mean
+from ftfast.evaluation.results import SummaryRow, SweepPoint, role_mean
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def percent(value: float) -> str:
@@ -23,9 +24,9 @@ def signed(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:+.1f}"
 
 
-def mean_and_spread(summary: SeedSummary) -> str:
-    """``mean ± standard deviation`` in percent; the mean alone for a single seed."""
-    return percent(summary.mean) + (f" ± {percent(summary.std)}" if summary.seeds > 1 else "")
+def after_text(row: SummaryRow) -> str:
+    """The value after training in percent, with ``± standard deviation`` where there are several seeds."""
+    return percent(row.after) + (f" ± {percent(row.spread)}" if row.spread is not None else "")
 
 
 def _kept(row: SummaryRow) -> str:
@@ -90,14 +91,19 @@ def print_summary(
         table.add_row(
             Text(f"{row.role}: {row.title}", style="bold" if row.role == "target" else ""),
             percent(row.before),
-            percent(row.after),
+            after_text(row),
             Text(signed(row.change), style=colour),
             Text(_kept(row), style="dim"),
         )
-    out.print(table)
+    _print_table(out, table)
     note = "   ".join(part for part in (best, f"weights: {weights}" if weights else "") if part)
     if note:
         out.print(note, highlight=False, soft_wrap=True)
+
+
+def _print_table(console: Console, table: Table) -> None:
+    """Print without breaking long names into a log file, which has no width."""
+    console.print(table, width=None if console.is_terminal else max(console.width, 400), crop=False)
 
 
 def summary_markdown(rows: Sequence[SummaryRow]) -> str:
@@ -105,7 +111,7 @@ def summary_markdown(rows: Sequence[SummaryRow]) -> str:
     lines = ["| | before | after | change | kept |", "|---|--:|--:|--:|--:|"]
     for row in rows:
         kept = f"{percent(row.kept)} %" if row.role == "control" else ""
-        cells = (f"{row.role}: {row.title}", percent(row.before), percent(row.after), signed(row.change), kept)
+        cells = (f"{row.role}: {row.title}", percent(row.before), after_text(row), signed(row.change), kept)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -133,7 +139,7 @@ def comparison_cells(tables: Mapping[str, Sequence[SummaryRow]]) -> tuple[list[s
             [
                 f"{row.role}: {row.title}",
                 percent(row.before),
-                *(f"{percent(r.after)} ({signed(r.change)})" for r in runs),
+                *(f"{after_text(r)} ({signed(r.change)})" for r in runs),
             ]
         )
     return ["", "pretrained", *names], cells
@@ -162,4 +168,4 @@ def print_comparison(tables: Mapping[str, Sequence[SummaryRow]], console: Consol
         table.add_column(name, justify="left" if name == "" else "right")
     for row in cells:
         table.add_row(*row)
-    (console or Console()).print(table)
+    _print_table(console or Console(), table)

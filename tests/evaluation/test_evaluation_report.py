@@ -51,7 +51,7 @@ def results(names: float, pairs: float, people: float) -> dict[str, dict[str, fl
 
 
 BEFORE, AFTER, NAIVE = results(0.327, 0.3, 0.178), results(0.31, 0.297, 0.345), results(0.077, 0.09, 0.35)
-SWEEP = [SweepPoint(0.5, results(0.325, 0.299, 0.3))]
+SWEEP = [SweepPoint(1.0, AFTER), SweepPoint(0.5, results(0.325, 0.299, 0.3))]
 HISTORY = [
     {"step": 1, "train/loss": 3.0, "train/loss/classification": 2.0, "train/loss/embedding": 1.0, "train/lr": 1e-5},
     {"step": 2, "train/loss": 2.0, "train/loss/classification": 1.5, "train/loss/embedding": float("nan")},
@@ -132,7 +132,7 @@ def test_printed_summary_is_plain_text_away_from_a_terminal() -> None:
     ]
     best = SweepPoint(0.8, {"pairs": {"recall_at_1": 0.576}, "imagenet-100": {"acc1": 0.674}})
     out = io.StringIO()
-    console = Console(file=out, width=100)
+    console = Console(file=out, width=40)  # a log file keeps long names on one line
     print_summary(rows, console, best=sweep_line(suites, best), weights="runs/a/final")
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert lines == [
@@ -145,7 +145,7 @@ def test_printed_summary_is_plain_text_away_from_a_terminal() -> None:
 
 
 def test_best_alpha_weighs_target_and_control_means_equally() -> None:
-    points = [SweepPoint(0.0, BEFORE), SweepPoint(0.5, SWEEP[0].results), SweepPoint(1.0, NAIVE)]
+    points = [SweepPoint(0.0, BEFORE), SWEEP[1], SweepPoint(1.0, NAIVE)]
     scores = [
         (
             np.mean([p.results["names"]["acc1"], p.results["pairs"]["mean_recall_at_1"]])
@@ -258,6 +258,22 @@ def test_comparison_shows_shares_of_the_first_run(tmp_path: Path) -> None:
         ["pretrained", "naive", "INFUSING"],
         ["control:", "names", "top-1", "32.7", "7.7", "(-25.0)", "31.0", "(-1.7)"],
     ]
+
+
+def test_several_seeds_show_their_spread(tmp_path: Path) -> None:
+    seeds = (results(0.31, 0.3, 0.33), results(0.32, 0.3, 0.35))
+    mean = results(0.315, 0.3, 0.34)
+    rows = summary_rows(SUITES, BEFORE, mean, seeds)
+    assert [row.spread for row in rows] == pytest.approx(
+        [np.std([0.33, 0.35], ddof=1), np.std([0.31, 0.32], ddof=1), 0]
+    )
+    runs = [RunSummary(name="naive", results=NAIVE), RunSummary(name="INFUSING", results=mean, seeds=seeds)]
+    page = write_comparison(tmp_path, runs, start=BEFORE, suites=SUITES, info=info(title="demo"))
+    assert "34.0 ± 1.4" in page.read_text(encoding="utf-8")
+    assert "| 34.0 ± 1.4 (+16.2) |" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    spreads = {(row["run"], row["suite"]): row["spread"] for row in read_csv(tmp_path / "report" / "summary.csv")}
+    assert spreads["naive", "names"] == ""
+    assert float(spreads["INFUSING", "names"]) == pytest.approx(np.std([0.31, 0.32], ddof=1))
 
 
 def test_aggregate_gives_mean_and_sample_deviation() -> None:
