@@ -103,7 +103,13 @@ def print_summary(
 
 def _print_table(console: Console, table: Table) -> None:
     """Print without breaking long names into a log file, which has no width."""
-    console.print(table, width=None if console.is_terminal else max(console.width, 400), crop=False)
+    width = console.width
+    if not console.is_terminal:
+        console.width = max(width, 400)
+    try:
+        console.print(table)
+    finally:
+        console.width = width
 
 
 def summary_markdown(rows: Sequence[SummaryRow]) -> str:
