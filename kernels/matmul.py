@@ -35,5 +35,10 @@ def matmul_nt(a: Tensor, b: Tensor) -> Tensor:
         (M, N) in the same dtype; float32 accumulation, full float32 products on CPU.
     """
     if a.dtype == torch.float32 and a.device.type == "cpu" and _has_onednn_linear():
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), None, "none", [], "")
     return a @ b.T
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Copy a matrix that is neither contiguous nor the transpose of one; oneDNN is very slow on such strides."""
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()

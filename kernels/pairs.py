@@ -69,7 +69,7 @@ def pair_statistics(
     x, y = follow_autocast(x, y)
     y = y.to(x.dtype)
     ids = (relation.row_ids, relation.col_ids)
-    resolved = _resolve(backend, x)
+    resolved = resolve(backend, x)
     return PairStatistics(*_forward(x, y, logit_scale, *ids, relation.mode, relation.offset, rows, columns, resolved))
 
 
@@ -104,7 +104,7 @@ def pair_statistics_backward(
     Memory: O((M + N)·D + block). Determinism: bitwise for fixed shapes and device.
     """
     ids = (relation.row_ids, relation.col_ids)
-    resolved = _resolve(backend, x)
+    resolved = resolve(backend, x)
     return _backward(
         x, y, logit_scale, *ids, *lse, *gradients, relation.mode, relation.offset, need_x, need_y, resolved
     )
@@ -120,7 +120,8 @@ def merge_statistics(first: PairStatistics, second: PairStatistics) -> PairStati
     )
 
 
-def _resolve(backend: str, x: Tensor) -> str:
+def resolve(backend: str, x: Tensor) -> str:
+    """Return the backend of a building block: "triton" or "torch"; float64 always takes "torch"."""
     resolved = choose(backend, x)
     return "torch" if resolved == "reference" or x.dtype == torch.float64 else resolved
 

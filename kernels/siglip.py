@@ -7,6 +7,8 @@ from torch import Tensor
 from . import reference
 from .checks import as_scalar, check_features, check_ids
 from .dispatch import choose
+from .relations import Relation, group_relation
+from .sigmoid_pairs import sigmoid_pairs
 
 
 def siglip_loss(
@@ -54,14 +56,20 @@ def siglip_loss(
     check_ids(text_features.shape[0], image_features.device, text_labels=text_labels)
     scale = as_scalar(logit_scale, image_features, "logit_scale")
     bias = as_scalar(0.0 if logit_bias is None else logit_bias, image_features, "logit_bias")
-    choose(backend, image_features)
-    return reference.siglip_loss_reference(
-        image_features,
-        text_features,
-        scale,
-        bias,
-        labels=labels,
-        text_labels=text_labels,
-        negative_only=negative_only,
-        offset=offset,
-    )
+    if choose(backend, image_features) == "reference":
+        return reference.siglip_loss_reference(
+            image_features,
+            text_features,
+            scale,
+            bias,
+            labels=labels,
+            text_labels=text_labels,
+            negative_only=negative_only,
+            offset=offset,
+        )
+    if negative_only:
+        relation = None
+    else:
+        relation = Relation("pair", offset) if labels is None else group_relation(labels, text_labels)
+    total = sigmoid_pairs(image_features, text_features, scale, bias, relation, backend=backend)
+    return total / image_features.shape[0]

@@ -202,16 +202,15 @@ class GradientSums:
 
     def __init__(self, x: Tensor, y: Tensor, need_x: bool, need_y: bool) -> None:
         self.x, self.y = x, y  # work dtype
-        self.x_t, self.y_t = x.T.contiguous() if need_y else x, y.T.contiguous() if need_x else y
         self.grad_x = torch.zeros_like(x) if need_x else None
         self.grad_y = torch.zeros_like(y) if need_y else None
 
     def add(self, gradient: Tensor, at: tuple[slice, slice]) -> None:
         """Add the products of one (R, C) block of G."""
         if self.grad_x is not None:
-            self.grad_x[at[0]] += matmul_nt(gradient, self.y_t[:, at[1]])
+            self.grad_x[at[0]] += matmul_nt(gradient, self.y[at[1]].T)
         if self.grad_y is not None:
-            self.grad_y[at[1]] += matmul_nt(gradient.T, self.x_t[:, at[0]])
+            self.grad_y[at[1]] += matmul_nt(gradient.T, self.x[at[0]].T)
 
     def finish(self, scale: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor, Tensor]:
         """Return dX, dY (scaled, in the dtypes of the inputs; size 0 where not needed) and d scale = <G Y, X>."""
