@@ -113,7 +113,7 @@ class ClipLoss(nn.Module):
             return kernels.clip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
         check_process_group(type(self).__name__, self.rank, self.world_size)
         if self.ring:
-            return ring_clip_loss(image_features, text_features, logit_scale, logit_bias)
+            return ring_clip_loss(image_features, text_features, logit_scale, logit_bias, backend=self.backend)
         all_image, all_text = self.gather(image_features), self.gather(text_features)
         if not self.local_loss:
             return kernels.clip_loss(all_image, all_text, logit_scale, logit_bias, backend=self.backend)
