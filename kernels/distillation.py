@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ftfast.errors import ConfigError, ShapeError
 
 from . import reference
+from .assemble import mean_over
 from .checks import as_scalar, check_choice, check_features, check_same_rows
 from .dispatch import choose
+from .distill_pairs import DistillStatistics, distill_statistics
+from .relations import Relation, positive_counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +88,112 @@ def similarity_distillation_loss(
         scale if teacher_logit_scale is None else as_scalar(teacher_logit_scale, scale, "teacher_logit_scale")
     )
     check_teacher(student_image, student_text, teacher_image, teacher_text, teacher_logits)
-    choose(backend, student_image)
-    return reference.similarity_distillation_loss_reference(
+    if choose(backend, student_image) == "reference":
+        return reference.similarity_distillation_loss_reference(
+            student_image,
+            student_text,
+            teacher_image,
+            teacher_text,
+            scale,
+            teacher_logit_scale=teacher_scale,
+            teacher_logits=teacher_logits,
+            options=options,
+        )
+    logit_factor = torch.ones_like(scale) if teacher_logits is not None else teacher_scale
+    sides = distill_statistics(
         student_image,
         student_text,
-        teacher_image,
-        teacher_text,
-        scale,
-        teacher_logit_scale=teacher_scale,
-        teacher_logits=teacher_logits,
-        options=options,
+        scale / options.temperature,
+        (teacher_image, teacher_text, teacher_logits, logit_factor.detach() / options.temperature),
+        options.kind,
+        rows=options.directions in ("both", "image"),
+        columns=options.directions in ("both", "text"),
+        backend=backend,
     )
+    factor = options.temperature**2 if options.temperature_squared else 1.0
+    return factor * torch.stack([divergence(side, options.kind).mean() for side in sides if side.lse.numel()]).mean()
+
+
+def divergence(statistics: DistillStatistics, kind: str) -> Tensor:
+    """Return the divergence of every row (or column) from its statistics."""
+    if kind == "forward_kl":
+        return statistics.inner + (statistics.lse - statistics.teacher_lse)
+    if kind == "reverse_kl":
+        return statistics.inner + (statistics.teacher_lse - statistics.lse)
+    return statistics.inner + statistics.lse
+
+
+def clip_and_distillation_loss(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    logit_scale: Tensor | float,
+    teacher_logit_scale: Tensor | float,
+    *,
+    directions: str = "both",
+    offset: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Contrastive loss and soft cross-entropy distillation of the same similarities, in one pass over them.
+
+    Equals ``clip_loss`` and ``similarity_distillation_loss`` (kind "soft_cross_entropy", temperature 1) with the same
+    directions, at the cost of the second alone: what open_clip's DistillClipLoss returns.
+
+    Args:
+        student_image: (B, D) rows of unit length; float32, float16 or bfloat16.
+        student_text: (C, D).
+        teacher_image: (B, D') from the frozen teacher.
+        teacher_text: (C, D') from the frozen teacher.
+        logit_scale: The student's multiplier.
+        teacher_logit_scale: The teacher's multiplier.
+        directions: "both", "image" or "text".
+        offset: Column of row 0's pair.
+        backend: "auto", "triton", "torch" or "reference".
+
+    Returns:
+        Contrastive and distillation loss, 0-d float32 each; differentiable in the student's features and scale.
+
+    Raises:
+        ShapeError: If shapes, dtypes or devices do not fit, or the teacher requires grad.
+
+    Memory: O((B + C)·(D + D') + block). Determinism: bitwise for fixed shapes and device.
+    """
+    check_features(student_image=student_image, student_text=student_text)
+    check_choice("directions", directions, ("both", "image", "text"))
+    check_teacher(student_image, student_text, teacher_image, teacher_text, None)
+    scale = as_scalar(logit_scale, student_image, "logit_scale")
+    teacher_scale = as_scalar(teacher_logit_scale, student_image, "teacher_logit_scale").detach()
+    if choose(backend, student_image) == "reference":
+        contrastive = reference.clip_loss_reference(
+            student_image, student_text, scale, directions=directions, offset=offset
+        )
+        distill = reference.similarity_distillation_loss_reference(
+            student_image,
+            student_text,
+            teacher_image,
+            teacher_text,
+            scale,
+            teacher_logit_scale=teacher_scale,
+            options=DistillOptions(kind="soft_cross_entropy", directions=directions),
+        )
+        return contrastive, distill
+    sides = distill_statistics(
+        student_image,
+        student_text,
+        scale,
+        (teacher_image, teacher_text, None, teacher_scale),
+        "soft_cross_entropy",
+        offset=offset,
+        rows=directions in ("both", "image"),
+        columns=directions in ("both", "text"),
+        backend=backend,
+    )
+    counts = positive_counts(Relation("pair", offset), student_image.shape[0], student_text.shape[0], scale.device)
+    used = [(side, count > 0) for side, count in zip(sides, counts, strict=True) if side.lse.numel()]
+    contrastive = torch.stack([mean_over(side.lse - side.positive, counted) for side, counted in used]).mean()
+    distill = torch.stack([divergence(side, "soft_cross_entropy").mean() for side, _ in used]).mean()
+    return contrastive, distill
 
 
 def check_teacher(

@@ -16,7 +16,7 @@ from .relations import Relation, diagonal_span
 
 BLOCK_ROWS = 1024
 BLOCK_COLUMNS = 2048
-_SMALLEST_SUM = 1e-26  # below this, terms lost to underflow (1e-38 each) could matter next to a row's sum
+SMALLEST_SUM = 1e-26  # below this, terms lost to underflow (1e-38 each) could matter next to a row's sum
 _LARGEST_SPREAD = 60.0  # exp(60) times a term that underflowed (1e-38) is below 1e-12 of a probability
 
 
@@ -87,7 +87,7 @@ def add_block(block: Tensor, at: tuple[slice, slice], rows: OnlineSum | None, co
         shift = finite(block.amax())
         weights = (block - shift).exp_()
         by_row, by_col = weights.sum(1), weights.sum(0)
-        if min(by_row.min().item(), by_col.min().item()) > _SMALLEST_SUM:
+        if min(by_row.min().item(), by_col.min().item()) > SMALLEST_SUM:
             rows.add(at[0], shift, by_row)
             cols.add(at[1], shift, by_col)
             return
