@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftfast.config.schema import SuiteConfig
 from ftfast.evaluation.drawing import Plot, Theme, legend_below, new_figure, style_axes
-from ftfast.evaluation.results import METRIC_TITLES
+from ftfast.evaluation.plots import RunPoints, gained_versus_forgotten
+from ftfast.evaluation.results import METRIC_TITLES, CheckpointResult
 from ftfast.evaluation.suites import DEFAULT_METRIC, main_metric
 
 if TYPE_CHECKING:
@@ -74,9 +76,9 @@ def loss_terms(history: Sequence[Mapping[str, Any]]) -> Plot | None:
     curves = dict(sorted(curves.items(), key=lambda item: item[0] != "total"))
 
     def draw(theme: Theme) -> Figure:
-        across = min(len(curves), 4)
+        across = 1 if len(curves) == 1 else (2 if len(curves) <= 4 else 3)
         down = -(-len(curves) // across)
-        figure = new_figure(theme, width=max(2.9 * across, 4.4), height=0.5 + 2.3 * down)
+        figure = new_figure(theme, width=5.8 if across < 3 else 8.6, height=0.4 + (3.5 if down == 1 else 2.2 * down))
         for number, (name, points) in enumerate(curves.items()):
             axes = figure.add_subplot(down, across, number + 1)
             style_axes(axes, theme, "step" if number >= len(curves) - across else "")
@@ -88,7 +90,9 @@ def loss_terms(history: Sequence[Mapping[str, Any]]) -> Plot | None:
         return figure
 
     caption = "Weighted terms as they entered the total. Every panel has its own scale."
-    return Plot("loss_terms", "Loss terms", caption, ("step", "term", "value"), _long_rows(curves), draw, wide=True)
+    return Plot(
+        "loss_terms", "Loss terms", caption, ("step", "term", "value"), _long_rows(curves), draw, wide=len(curves) > 4
+    )
 
 
 def _lines(
@@ -125,6 +129,37 @@ def learning_rate(history: Sequence[Mapping[str, Any]]) -> Plot | None:
     return Plot(
         "learning_rate", "Learning rate", "Per parameter group.", ("step", "group", "value"), _long_rows(curves), draw
     )
+
+
+def validation_path(
+    history: Sequence[Mapping[str, Any]], suites: Sequence[SuiteConfig], name: str = "run"
+) -> Plot | None:
+    """Gained versus forgotten on the validation data: the way the run took, one circle per validation.
+
+    Args:
+        history: Log rows with "step" and "eval/<suite>/<metric>".
+        suites: Validation suites; a target and a control are needed.
+        name: Name of the run.
+
+    Returns:
+        The plot; None with fewer than two complete validations, or without both roles.
+    """
+    keys = {f"eval/{suite.name}/{main_metric(suite)}": suite for suite in suites}
+    measured = [
+        CheckpointResult(int(row["step"]), {s.name: {main_metric(s): float(row[key])} for key, s in keys.items()})
+        for row in history
+        if keys and all(key in row for key in keys)
+    ]
+    if len(measured) < 2:
+        return None
+    first, last = measured[0], measured[-1]
+    run = RunPoints(name, last.results, checkpoints=tuple(measured[1:-1]))
+    plot = gained_versus_forgotten(suites, first.results, [run], start_label=f"step {first.step}")
+    caption = (
+        f"The same trade-off on the validation data, one circle per validation from step {first.step} (star) to step "
+        f"{last.step} (dot)."
+    )
+    return plot and dataclasses.replace(plot, name="validation_path", title="The way there", caption=caption)
 
 
 def validation(history: Sequence[Mapping[str, Any]], suites: Sequence[SuiteConfig] = ()) -> Plot | None:

@@ -31,9 +31,9 @@ header h1{font-size:clamp(1.6rem,4.5vw,2.3rem);line-height:1.15;letter-spacing:-
 .card .value{font-size:2.5rem;font-weight:700;letter-spacing:-.03em;line-height:1.2;font-variant-numeric:tabular-nums}
 .card .value small{font-size:1rem;font-weight:500;letter-spacing:0;color:var(--muted);margin-left:.3em}
 .card .detail{color:var(--muted);font-size:.92rem}
-.grid{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:20px}
-section{padding:22px 24px;min-width:0}
-section.wide{grid-column:1/-1}
+.grid{display:flex;flex-wrap:wrap;gap:20px}
+section{padding:22px 24px;flex:1 1 calc(50% - 10px);min-width:min(100%,420px)}
+section.wide{flex-basis:100%}
 h2{font-size:1.06rem;margin:0 0 14px;letter-spacing:-.01em}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
@@ -50,7 +50,7 @@ color:var(--muted);margin-right:8px;vertical-align:1px}
 .meter{position:relative;display:inline-block;width:74px;height:8px;border-radius:9px;background:var(--line);
 margin-left:10px;overflow:hidden;vertical-align:1px}
 .meter i{position:absolute;inset:0 auto 0 0;background:var(--accent);border-radius:9px}
-figure{margin:0}.wide figure{max-width:780px;margin:0 auto}
+figure{margin:0 auto;max-width:560px}.wide figure{max-width:800px}
 figure img{display:block;width:100%;height:auto;border-radius:8px}
 figcaption,.note{color:var(--muted);font-size:.9rem;margin:12px 0 0}
 a{color:var(--accent)}
@@ -60,7 +60,7 @@ details{margin-top:14px}summary{cursor:pointer;color:var(--accent)}
 pre{overflow:auto;
 background:var(--bg);border:1px solid var(--line);border-radius:8px;padding:14px;font-size:.82rem;line-height:1.45}
 footer{color:var(--muted);font-size:.85rem;margin-top:28px;text-align:center}
-@media(max-width:760px){main{padding:24px 12px 48px}.grid{grid-template-columns:minmax(0,1fr);gap:14px}
+@media(max-width:760px){main{padding:24px 12px 48px}.grid{gap:14px}
 section{padding:16px 14px}th,td{padding:8px 7px;font-size:.92rem}.meter{display:none}
 .role{display:block;width:fit-content;margin:0 0 3px}.card{padding:14px 16px}.card .value{font-size:2rem}
 .cards{grid-template-columns:1fr 1fr;gap:12px}.card:nth-child(3){grid-column:1/-1}}

@@ -47,13 +47,16 @@ def _place(suites: Sequence[SuiteConfig], results: Results) -> tuple[float, floa
     return 100 * role_mean(suites, results, "control"), 100 * role_mean(suites, results, "target")
 
 
-def gained_versus_forgotten(suites: Sequence[SuiteConfig], start: Results, runs: Sequence[RunPoints]) -> Plot | None:
+def gained_versus_forgotten(
+    suites: Sequence[SuiteConfig], start: Results, runs: Sequence[RunPoints], start_label: str = "start"
+) -> Plot | None:
     """Scatter of target (y) against mean control (x): one point per checkpoint, per alpha, per final model.
 
     Args:
         suites: Suites of all results.
         start: Results of the start model.
         runs: One entry per run.
+        start_label: Text beside the star.
 
     Returns:
         The plot; None unless there are a target and a control.
@@ -72,7 +75,7 @@ def gained_versus_forgotten(suites: Sequence[SuiteConfig], start: Results, runs:
         figure = new_figure(theme, width=5.8 if len(runs) == 1 else 7.6, height=4.9)
         axes = figure.add_subplot()
         style_axes(axes, theme, _axis_label(suites, "control"), _axis_label(suites, "target"))
-        _draw_start(axes, theme, rows)
+        _draw_start(axes, theme, rows, start_label)
         for number, run in enumerate(runs):
             _draw_run(
                 axes, theme, theme.cycle[number % len(theme.cycle)], [r for r in rows if r[0] == run.name], rows[0]
@@ -88,7 +91,7 @@ def gained_versus_forgotten(suites: Sequence[SuiteConfig], start: Results, runs:
     return Plot("gained_vs_forgotten", "Gained versus forgotten", caption, columns, rows, draw, wide=len(runs) > 1)
 
 
-def _draw_start(axes: Axes, theme: Theme, rows: Sequence[tuple[Any, ...]]) -> None:
+def _draw_start(axes: Axes, theme: Theme, rows: Sequence[tuple[Any, ...]], label: str) -> None:
     """Fix the limits around all points, shade the quarter above and right of the start, mark the start."""
     xs, ys = [row[3] for row in rows], [row[4] for row in rows]
     high = max(max(ys) - min(ys), 2.0)
@@ -103,7 +106,7 @@ def _draw_start(axes: Axes, theme: Theme, rows: Sequence[tuple[Any, ...]]) -> No
     axes.axvline(x, color=theme.muted, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
     axes.axhline(y, color=theme.muted, linewidth=1, linestyle=(0, (4, 4)), zorder=1)
     axes.scatter([x], [y], marker="*", s=240, color=theme.ink, edgecolors=theme.face, linewidths=1, zorder=6)
-    _note(axes, theme, "start", (x, y), (9, -13), ha="left")
+    _note(axes, theme, label, (x, y), (9, -13), ha="left")
     if right - x > 0.4 * (right - axes.get_xlim()[0]):
         _note(axes, theme, "gained, and kept", (right, top), (-6, -6), ha="right", va="top")
 

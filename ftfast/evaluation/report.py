@@ -11,7 +11,7 @@ from typing import Any
 
 from ftfast.config.schema import SuiteConfig
 from ftfast.evaluation.drawing import DARK, LIGHT, Plot
-from ftfast.evaluation.history_plots import learning_rate, loss_terms, validation
+from ftfast.evaluation.history_plots import learning_rate, loss_terms, validation, validation_path
 from ftfast.evaluation.page import Card, Section, comparison_table, figure_html, page, summary_table
 from ftfast.evaluation.plots import RunPoints, alpha_sweep, gained_versus_forgotten
 from ftfast.evaluation.results import (
@@ -112,9 +112,10 @@ def write_report(
     plots = [
         gained_versus_forgotten(info.suites, before, [run]),
         alpha_sweep(info.suites, {info.recipe: points}),
+        validation_path(history, info.validation, info.recipe),
         validation(history, info.validation),
-        learning_rate(history),
         loss_terms(history),
+        learning_rate(history),
     ]
     shown = [plot for plot in plots if plot is not None]
     start_tag = info.pretrained or "start"

@@ -103,9 +103,11 @@ def print_summary(
 
 def _print_table(console: Console, table: Table) -> None:
     """Print without breaking long names into a log file, which has no width."""
+    if console.is_terminal:
+        console.print(table)
+        return
     width = console.width
-    if not console.is_terminal:
-        console.width = max(width, 400)
+    console.width = max(width, 400)
     try:
         console.print(table)
     finally:

@@ -196,6 +196,23 @@ def test_every_plot_has_a_picture_and_the_data_behind_it(report: Path) -> None:
     assert float(read_csv(report / "summary.csv")[0]["change"]) == pytest.approx(0.167)
 
 
+def test_the_way_of_a_run_is_drawn_from_its_validations(tmp_path: Path) -> None:
+    suites = (
+        SuiteConfig(name="target", task="image_retrieval", role="target"),
+        SuiteConfig(name="generic", task="image_retrieval"),
+    )
+    history = [
+        {"step": step, "eval/target/map_at_20": 0.2 + step / 100, "eval/generic/map_at_20": 0.4 - step / 1000}
+        for step in (1, 10, 20)
+    ]
+    fields = {"suites": SUITES[2:], "validation": suites, "checkpoints": ()}
+    write_report(tmp_path, before=BEFORE, after=AFTER, history=history, info=info(**fields))
+    rows = read_csv(tmp_path / "report" / "validation_path.csv")
+    assert [(row["kind"], row["alpha_or_step"]) for row in rows] == [("start", ""), ("checkpoint", "10"), ("end", "")]
+    assert [float(row["control_percent"]) for row in rows] == pytest.approx([39.9, 39.0, 38.0])
+    assert [float(row["target_percent"]) for row in rows] == pytest.approx([21, 30, 40])
+
+
 def test_records_follow_clip_benchmark(report: Path) -> None:
     records = json.loads((report / "results.json").read_text())
     assert len(records) == 6
