@@ -18,6 +18,7 @@ from ftfast.data import (
     Batch,
     ImageDataset,
     LoaderOptions,
+    augmentation_seed,
     check_decodable,
     duplicate_text_rate,
     iterate_once,
@@ -80,6 +81,20 @@ def test_batch_contents():
     assert {moved.images.device.type, moved.indices.device.type, moved.labels.device.type} == {"meta"}
     plain = next(make_loader(arrays(10), AUGMENT, batch_size=4))
     assert (plain.labels, plain.texts) == (None, None)
+
+
+@pytest.mark.parametrize("grey", [None, transforms.Grayscale(), transforms.RandomGrayscale(0.5)])
+def test_batches_have_the_bits_of_single_transforms(grey):
+    colour = [grey] if grey else []
+    normalise = transforms.Normalize((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+    if isinstance(grey, transforms.Grayscale):
+        normalise = transforms.Normalize(0.5, 0.25)
+    transform = transforms.Compose([transforms.RandomCrop(9), *colour, transforms.ToTensor(), normalise])
+    data = arrays(30)
+    batch = next(make_loader(data, transform, batch_size=30, seed=4))
+    for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+        torch.manual_seed(augmentation_seed(4, 0, index))
+        assert torch.equal(image, transform(data.load_image(index)))
 
 
 def test_epochs_are_permutations_in_new_orders():
@@ -432,3 +447,21 @@ def test_dataset_refuses_contradictions():
     assert str(caught.value) == "array: images must be uint8 (height, width, 3), not ['float32'] [(4, 4, 3)]."
     with pytest.raises(DataError, match=r"indices 0\.\.3 do not fit a set of 3 images"):
         ImageDataset.from_arrays(pixels).subset([0, 3])
+
+
+def test_builtin_sets_are_opened_by_path():
+    from ftfast.config.schema import DataConfig
+    from ftfast.data import open_dataset
+    from ftfast.data.builtin import load_builtin
+
+    data, split = open_dataset(DataConfig(path="builtin:tasks/flags/test")), load_builtin("tasks/flags/test")
+    assert (data.class_names, data.texts) == (split.class_names, split.texts)
+    np.testing.assert_array_equal(data.labels, split.labels)
+    np.testing.assert_array_equal(np.asarray(data.load_image(5)), split.images[5])
+    assert data.description == (
+        f"{len(split):,} images, {len(split.class_names)} classes, captions, built-in set tasks/flags/test"
+    )
+    other = open_dataset(DataConfig(path="builtin:tasks/flags/train"))
+    assert other.fingerprint != data.fingerprint
+    with pytest.raises(DataError, match=r"^builtin:tasks/flag/test: no such split. Did you mean 'tasks/flags/test'\?"):
+        open_dataset(DataConfig(path="builtin:tasks/flag/test"))
