@@ -89,7 +89,7 @@ def loss_terms(history: Sequence[Mapping[str, Any]]) -> Plot | None:
             axes.set_title(name, color=theme.ink, fontsize=11, fontweight="bold", loc="left")
         return figure
 
-    caption = "Weighted terms as they entered the total. Every panel has its own scale."
+    caption = "The total is the weighted sum, the terms are shown before weighting. Every panel has its own scale."
     return Plot(
         "loss_terms", "Loss terms", caption, ("step", "term", "value"), _long_rows(curves), draw, wide=len(curves) > 4
     )
