@@ -5,7 +5,12 @@ from __future__ import annotations
 from .classification import classification_loss
 from .clip import clip_loss
 from .dispatch import BACKENDS, choose, explain
-from .distillation import DistillOptions, feature_distillation_loss, similarity_distillation_loss
+from .distillation import (
+    DistillOptions,
+    clip_and_distillation_loss,
+    feature_distillation_loss,
+    similarity_distillation_loss,
+)
 from .pairs import PairStatistics, merge_statistics, pair_statistics, pair_statistics_backward
 from .relations import Relation, group_relation, positive_counts
 from .siglip import siglip_loss
@@ -18,6 +23,7 @@ __all__ = [
     "Relation",
     "choose",
     "classification_loss",
+    "clip_and_distillation_loss",
     "clip_loss",
     "explain",
     "feature_distillation_loss",

@@ -8,9 +8,9 @@ With S = logit_scale · X Yᵀ (student), P = the teacher's logits, and per row 
             Σ softmax(S)·(S - P)   "reverse_kl":          KL(student || teacher) = inner - lse + teacher_lse
 
 the gradient matrix is G = g_lse softmax(S) - g_inner softmax(P), or for reverse KL
-G = softmax(S)·(g_lse + g_inner·(1 + S - P - inner)), plus g_positive at pairs. Cost at equal widths: 2 products forward,
-4 backward. Because ``lse`` and ``positive`` are also those of the contrastive loss, distillation and InfoNCE together
-cost no more.
+G = softmax(S)·(g_lse + g_inner·(1 + S - P - inner)), plus g_positive at pairs. Cost at equal widths: 2 products
+forward, 4 backward. Because ``lse`` and ``positive`` are also those of the contrastive loss, it comes with them at no
+further cost.
 
 Legend: M rows, N columns, D width of the student, D' of the teacher.
 """
