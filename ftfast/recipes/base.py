@@ -21,6 +21,7 @@ RECIPE_MODULES = {
     "finetune": "finetune",
     "l2sp": "l2sp",
     "lwf": "lwf",
+    "ewc": "ewc",
     "wise-ft": "wise_ft",
     "lp-ft": "lp_ft",
     "flyp": "flyp",

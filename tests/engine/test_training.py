@@ -200,7 +200,7 @@ def test_batch_larger_than_data_and_long_warmup(tiny_folder: Path, class_table: 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "l2sp", "lwf", "wise-ft", "lp-ft", "flyp"])
+@pytest.mark.parametrize("recipe", ["finetune", "l2sp", "lwf", "ewc", "wise-ft", "lp-ft", "flyp"])
 def test_every_recipe_trains(recipe: str, tiny_folder: Path, class_table: Path, tmp_path: Path) -> None:
     config = settings(tiny_folder, class_table, tmp_path / "run", recipe=recipe, train__max_steps=3)
     result = train(config, console=QUIET, cache_dir=tmp_path)

@@ -13,7 +13,7 @@ from ftfast.config.resolve import resolve
 from ftfast.config.schema import DataConfig, ModelConfig
 from ftfast.data import Batch, open_dataset
 from ftfast.errors import ConfigError
-from ftfast.models import load_model
+from ftfast.models import apply_locks, load_model
 from ftfast.recipes import Context, Features, Plan, Recipe, available, get_recipe
 
 
@@ -27,6 +27,7 @@ def make_plan(recipe: Recipe, tiny_folder: Path, table: Path, **options: object)
     """Build a recipe's plan on the small table."""
     dataset = open_dataset(DataConfig(path=str(table)))
     loaded = load_model(ModelConfig(name=str(tiny_folder)))
+    apply_locks(loaded.model, ModelConfig(**recipe.preset.get("model", {})))
     context = Context(loaded, {"data": dataset, "generic": dataset}, recipe.options(**options), seed=3)
     return recipe.build(context), context
 
