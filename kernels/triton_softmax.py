@@ -1,0 +1,348 @@
+"""Triton backend of the pairwise softmax statistics: log-sum-exp epilogue forward, softmax-gradient epilogue backward.
+
+Forward: one stripe of rows at a time, every tile writes the log-sum-exps of its rows and columns; the small partial
+arrays are merged by ``torch.logsumexp`` in a fixed order. Backward: G is recomputed tile by tile into an L2-sized
+superblock that two products consume (see ``triton_products``). A fully fused backward would need a (rows, D) float32
+accumulator in registers, which at D = 768 leaves no room for tensor-core tiles. Legend: M rows, N columns, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .relations import MODES, Relation
+from .triton_products import superblock_gradients
+from .triton_tiles import (
+    LN_2,
+    LOG2_E,
+    PAIR,
+    RIVALS,
+    SELF,
+    kept_mask,
+    needs_mask,
+    positive_mask,
+    product_tile,
+    tile_lse,
+    tile_position,
+    tile_softmax_sum,
+)
+from .tuning import PARTIAL_BYTES, Tile, capability_of, tiles
+
+HALF_HEADROOM = 4096.0  # float16 G is scaled so that its largest weight is this; four such weights still fit
+
+
+@triton.jit
+def _softmax_fwd_kernel(
+    x_ptr: tl.tensor,  # (M, D)
+    y_ptr: tl.tensor,  # (N, D)
+    scale_ptr: tl.tensor,  # () float32
+    row_ids_ptr: tl.tensor,  # (M,) int64
+    col_ids_ptr: tl.tensor,  # (N,) int64
+    row_lse_ptr: tl.tensor,  # (tiles_n, stripe) float32, natural units
+    col_lse_ptr: tl.tensor,  # (tiles_m, N)
+    row_pos_ptr: tl.tensor,  # (M,) by diagonal, else (tiles_n, stripe)
+    col_pos_ptr: tl.tensor,  # (N,) by diagonal, else (tiles_m, N)
+    first_row: tl.tensor,
+    stripe: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    D: tl.tensor,
+    x_stride: tl.tensor,
+    y_stride: tl.tensor,
+    offset: tl.tensor,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Log-sum-exps and positive sums of one tile of a row stripe."""
+    tile_m, tile_n = tile_position(tl.program_id(0), tl.cdiv(stripe, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    local = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (first_row + local).to(tl.int64)
+    cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    limit = tl.minimum(first_row + stripe, M)
+    near_rows = tl.minimum(rows, M - 1)
+    near_cols = tl.minimum(cols, N - 1)
+    dots = product_tile(
+        x_ptr, y_ptr, near_rows, near_cols, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+    )
+    scale = tl.load(scale_ptr)
+    s = dots * (scale * LOG2_E)
+    row_ids = rows
+    col_ids = cols
+    if MODE != PAIR:
+        row_ids = tl.load(row_ids_ptr + near_rows)
+        col_ids = tl.load(col_ids_ptr + near_cols)
+    if needs_mask(first_row + tile_m * BLOCK_M, tile_n * BLOCK_N, limit, N, offset, MODE, BLOCK_M, BLOCK_N):
+        exists = (rows < limit)[:, None] & (cols < N)[None, :]
+        positive = positive_mask(rows, cols, row_ids, col_ids, offset, MODE) & exists
+        sums = tl.where(positive, dots * scale, 0.0)
+        if MODE == PAIR or MODE == RIVALS:  # noqa: SIM109
+            pair_cols = rows + offset
+            mine = (
+                (rows < limit) & (pair_cols >= tile_n * BLOCK_N) & (pair_cols < tl.minimum(N, (tile_n + 1) * BLOCK_N))
+            )
+            start = first_row + tile_m * BLOCK_M
+            pair_rows = cols - offset
+            yours = (cols < N) & (pair_rows >= start) & (pair_rows < tl.minimum(limit, start + BLOCK_M))
+            if ROWS:
+                tl.store(row_pos_ptr + rows, tl.sum(sums, 1), mask=mine)
+            if COLS:
+                tl.store(col_pos_ptr + cols, tl.sum(sums, 0), mask=yours)
+        else:
+            if ROWS:
+                tl.store(row_pos_ptr + tile_n.to(tl.int64) * stripe + local, tl.sum(sums, 1), mask=local < stripe)
+            if COLS:
+                tl.store(col_pos_ptr + tile_m.to(tl.int64) * N + cols, tl.sum(sums, 0), mask=cols < N)
+        s = tl.where(kept_mask(rows, cols, row_ids, col_ids, limit, N, offset, MODE), s, float("-inf"))
+    elif MODE == SELF:
+        # Tiles away from the diagonal and the edges still have positives by id.
+        same = row_ids[:, None] == col_ids[None, :]
+        sums = tl.where(same, dots * scale, 0.0)
+        if ROWS:
+            tl.store(row_pos_ptr + tile_n.to(tl.int64) * stripe + local, tl.sum(sums, 1), mask=local < stripe)
+        if COLS:
+            tl.store(col_pos_ptr + tile_m.to(tl.int64) * N + cols, tl.sum(sums, 0), mask=cols < N)
+    row, col = tile_lse(s, ROWS, COLS)
+    if ROWS:
+        tl.store(row_lse_ptr + tile_n.to(tl.int64) * stripe + local, row * LN_2, mask=local < stripe)
+    if COLS:
+        tl.store(col_lse_ptr + tile_m.to(tl.int64) * N + cols, col * LN_2, mask=cols < N)
+
+
+@triton.jit
+def _softmax_bwd_kernel(
+    x_ptr: tl.tensor,  # (M, D)
+    y_ptr: tl.tensor,  # (N, D)
+    scale_ptr: tl.tensor,  # () float32
+    row_ids_ptr: tl.tensor,  # (M,) int64
+    col_ids_ptr: tl.tensor,  # (N,) int64
+    row_lse_ptr: tl.tensor,  # (M,) float32, base 2, finite
+    col_lse_ptr: tl.tensor,  # (N,)
+    row_weight_ptr: tl.tensor,  # (M,) gradients of row_lse, normalised
+    col_weight_ptr: tl.tensor,  # (N,)
+    row_pos_ptr: tl.tensor,  # (M,) gradients of row_positive, normalised
+    col_pos_ptr: tl.tensor,  # (N,)
+    g_ptr: tl.tensor,  # (R, C) superblock
+    first_row: tl.tensor,
+    first_col: tl.tensor,
+    tiles_m: tl.tensor,
+    tiles_n: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    D: tl.tensor,
+    x_stride: tl.tensor,
+    y_stride: tl.tensor,
+    g_stride: tl.tensor,
+    offset: tl.tensor,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """One tile of G; tiles past the last row or column are written as zeros."""
+    tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    local_rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    local_cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows = first_row + local_rows
+    cols = first_col + local_cols
+    near_rows = tl.minimum(rows, M - 1)
+    near_cols = tl.minimum(cols, N - 1)
+    dots = product_tile(
+        x_ptr, y_ptr, near_rows, near_cols, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+    )
+    s = dots * (tl.load(scale_ptr) * LOG2_E)
+    row_ids = rows
+    col_ids = cols
+    if MODE != PAIR:
+        row_ids = tl.load(row_ids_ptr + near_rows)
+        col_ids = tl.load(col_ids_ptr + near_cols)
+    masked = needs_mask(
+        first_row + tile_m * BLOCK_M, first_col + tile_n * BLOCK_N, M, N, offset, MODE, BLOCK_M, BLOCK_N
+    )
+    if masked:
+        s = tl.where(kept_mask(rows, cols, row_ids, col_ids, M, N, offset, MODE), s, float("-inf"))
+    row_lse = tl.load(row_lse_ptr + near_rows)
+    col_lse = tl.load(col_lse_ptr + near_cols)
+    row_weight = tl.load(row_weight_ptr + near_rows)
+    col_weight = tl.load(col_weight_ptr + near_cols)
+    g = tile_softmax_sum(s, row_lse, col_lse, row_weight, col_weight, ROWS, COLS)
+    if masked or MODE == SELF:
+        positive = positive_mask(rows, cols, row_ids, col_ids, offset, MODE)
+        positive = positive & (rows < M)[:, None] & (cols < N)[None, :]
+        row_pos = tl.load(row_pos_ptr + near_rows)
+        col_pos = tl.load(col_pos_ptr + near_cols)
+        g = tl.where(positive, g + (row_pos[:, None] + col_pos[None, :]), g)
+    tl.store(g_ptr + local_rows[:, None] * g_stride + local_cols[None, :], g.to(g_ptr.dtype.element_ty))
+
+
+def rows_contiguous(features: Tensor) -> Tensor:
+    """Return features whose last dimension has stride 1."""
+    return features if features.stride(1) == 1 and features.stride(0) >= features.shape[1] else features.contiguous()
+
+
+def stripe_rows(rows: int, columns: int, tile: Tile) -> int:
+    """Choose how many rows one forward launch covers, so that the partial statistics stay small."""
+    by_row = PARTIAL_BYTES // (4 * triton.cdiv(columns, tile.n))
+    by_col = PARTIAL_BYTES // (4 * columns) * tile.m
+    return min(triton.cdiv(rows, tile.m), max(1, min(by_row, by_col) // tile.m)) * tile.m
+
+
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, relation: Relation, rows: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute the statistics of :func:`ftfast.kernels.pairs.pair_statistics` with one launch per row stripe.
+
+    Returns:
+        row_lse (M,), row_positive (M,), col_lse (N,), col_positive (N,), float32; size 0 where not asked for.
+    """
+    x, y = rows_contiguous(x), rows_contiguous(y)
+    (m, width), n = x.shape, y.shape[0]
+    tile = tiles(x.dtype, capability_of(x.device))[0]
+    stripe = stripe_rows(m, n, tile)
+    tiles_m, tiles_n = triton.cdiv(stripe, tile.m), triton.cdiv(n, tile.n)
+    by_diagonal = relation.mode in ("pair", "rivals")
+    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
+    row_lse = make(m if rows else 0)
+    col_lse = torch.full((n if columns else 0,), -torch.inf, device=x.device)
+    row_positive = torch.zeros(m if rows else 0, device=x.device)
+    col_positive = torch.zeros(n if columns else 0, device=x.device)
+    row_part, col_part = make(tiles_n, stripe if rows else 0), make(tiles_m, n if columns else 0)
+    row_sums = row_positive if by_diagonal else torch.zeros_like(row_part)
+    col_sums = col_positive if by_diagonal else torch.zeros_like(col_part)
+    wide_scale = scale.to(torch.float32)
+    for first in range(0, m, stripe):
+        count = min(stripe, m - first)
+        used = triton.cdiv(count, tile.m)
+        _softmax_fwd_kernel[(used * tiles_n,)](
+            x,
+            y,
+            wide_scale,
+            x if relation.row_ids is None else relation.row_ids,
+            y if relation.col_ids is None else relation.col_ids,
+            row_part,
+            col_part,
+            row_sums,
+            col_sums,
+            first,
+            count,
+            m,
+            n,
+            width,
+            x.stride(0),
+            y.stride(0),
+            relation.offset,
+            **launch_options(relation.mode, rows, columns, tile, width),
+        )
+        part = slice(first, first + count)
+        if rows:
+            # The kernel packs stripes of `count` rows.
+            row_lse[part] = torch.logsumexp(row_part.view(-1)[: tiles_n * count].view(tiles_n, count), 0)
+            if not by_diagonal:
+                row_positive[part] = row_sums.view(-1)[: tiles_n * count].view(tiles_n, count).sum(0)
+        if columns:
+            col_lse = torch.logaddexp(col_lse, torch.logsumexp(col_part[:used], 0))
+            if not by_diagonal:
+                col_positive += col_sums[:used].sum(0)
+    return row_lse, row_positive, col_lse, col_positive
+
+
+def launch_options(mode: str, rows: bool, columns: bool, tile: Tile, width: int) -> dict[str, object]:
+    """Return the compile-time arguments and schedule shared by the similarity kernels."""
+    return {
+        "MODE": MODES.index(mode),
+        "ROWS": rows,
+        "COLS": columns,
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "BLOCK_K": tile.k,
+        "GROUP_M": tile.group,
+        "EVEN_K": width % tile.k == 0,
+        "PRECISION": "ieee",
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def power_of_two(value: Tensor) -> Tensor:
+    """Round a positive 0-d tensor down to a power of two; 1 for 0."""
+    return torch.where(value > 0, torch.exp2(torch.floor(torch.log2(value))), 1.0)
+
+
+def base_two(lse: Tensor) -> Tensor:
+    """Convert a log-sum-exp to base 2; the -inf of a row without terms becomes 0, as all its logits are masked."""
+    return torch.where(lse == -torch.inf, 0.0, lse * LOG2_E.value)
+
+
+def backward(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    relation: Relation,
+    lse: tuple[Tensor | None, Tensor | None],
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    need: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Propagate gradients of the four statistics to x, y and the scale; see :mod:`ftfast.kernels.torch_softmax`.
+
+    Returns:
+        dX, dY (in the dtypes of x and y; size 0 where not needed) and d scale (float32).
+    """
+    x, y = rows_contiguous(x), rows_contiguous(y)
+    (m, width), n = x.shape, y.shape[0]
+    rows, columns = lse[0] is not None, lse[1] is not None
+    tile = tiles(x.dtype, capability_of(x.device))[0]
+    sizes = (m, m, n, n)
+    filled = [
+        torch.zeros(size, device=x.device) if g is None else g.float() for g, size in zip(grads, sizes, strict=True)
+    ]
+    norm: Tensor | float = 1.0
+    if x.dtype == torch.float16:
+        norm = HALF_HEADROOM / power_of_two(torch.stack([g.abs().max() for g in filled]).max())
+    weights = [g * norm for g in filled]
+    vectors = [
+        torch.zeros(size, device=x.device) if v is None else base_two(v) for v, size in zip(lse, (m, n), strict=True)
+    ]
+    wide_scale = scale.to(torch.float32)
+    options = launch_options(relation.mode, rows, columns or not rows, tile, width)
+
+    def launch(workspace: Tensor, row_part: slice, col_part: slice, grid: tuple[int, int]) -> None:
+        _softmax_bwd_kernel[(grid[0] * grid[1],)](
+            x,
+            y,
+            wide_scale,
+            x if relation.row_ids is None else relation.row_ids,
+            y if relation.col_ids is None else relation.col_ids,
+            *vectors,
+            weights[0],
+            weights[2],
+            weights[1],
+            weights[3],
+            workspace,
+            row_part.start,
+            col_part.start,
+            *grid,
+            m,
+            n,
+            width,
+            x.stride(0),
+            y.stride(0),
+            workspace.stride(0),
+            relation.offset,
+            **options,
+        )
+
+    return superblock_gradients(x, y, wide_scale, norm, need, tile, launch)

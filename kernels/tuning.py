@@ -1,0 +1,93 @@
+"""Static launch tables of the Triton backend, per GPU generation and dtype; nothing is tuned at run time.
+
+Chosen from ahead-of-time resource reports (``python -m benchmarks cards``): the largest tiles without spills whose
+pipeline fits shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+WORKSPACE_BYTES = 64 * 2**20  # one superblock of the gradient matrix G
+PARTIAL_BYTES = 16 * 2**20  # per-tile statistics of one row stripe
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Blocks and schedule of one kernel launch."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+# (similarity tile, two-matrix tile, product tile) by dtype size and compute capability
+_HALF = {
+    80: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3)),
+    90: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
+    100: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
+}
+_SINGLE = (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2), Tile(64, 64, 16, 8, 2))
+_INTERPRETER = (Tile(16, 32, 16, 1, 1), Tile(16, 32, 16, 1, 1), Tile(16, 32, 16, 1, 1))
+
+
+def tiles(dtype: torch.dtype, capability: int | None) -> tuple[Tile, Tile, Tile]:
+    """Return the similarity, two-matrix and product tiles.
+
+    Args:
+        dtype: Of the features.
+        capability: 80, 86, 90, 100 ...; None: the CPU interpreter.
+
+    Returns:
+        Three tiles.
+    """
+    if capability is None:
+        return _INTERPRETER
+    if dtype == torch.float32:
+        return _SINGLE
+    return _HALF[100 if capability >= 100 else 90 if capability == 90 else 80]
+
+
+def capability_of(device: torch.device) -> int | None:
+    """Return the compute capability as a number such as 90, or None for a CPU device (interpreter)."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def superblock(
+    rows: int, columns: int, width: int, element_bytes: int, product: Tile, processors: int
+) -> tuple[int, int]:
+    """Choose how many rows and columns of G are made at once.
+
+    The gradient kernel writes a superblock of G that two products consume. It must fit the workspace, and the number
+    of product tiles should fill whole waves of processors.
+
+    Args:
+        rows: M.
+        columns: N.
+        width: D.
+        element_bytes: Of G.
+        product: Tile of the products.
+        processors: Streaming multiprocessors.
+
+    Returns:
+        Rows and columns of a superblock, multiples of the tiles.
+    """
+    step = 128 if processors > 1 else 32
+    largest = int((WORKSPACE_BYTES / element_bytes) ** 0.5) // step * step
+    across = -(-width // product.n)
+
+    def waste(size: int) -> float:
+        count = size // product.m * across
+        return -(-count // processors) * processors / count
+
+    sizes = range(largest // 2 // step * step, largest + step, step)
+    side = min((s for s in sizes if 0 < s <= largest), key=lambda s: (round(waste(s), 2), -s), default=step)
+    return min(side, -(-rows // step) * step), min(side, -(-columns // step) * step)
