@@ -55,9 +55,9 @@ def _rate_name(key: str) -> str | None:
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Centred running mean over about a twentieth of the curve."""
-    reach = max(len(values) // 40, 1)
-    windows = (values[max(i - reach, 0) : i + reach + 1] for i in range(len(values)))
+    """Running mean over about a fifteenth of the curve, of even width: it levels losses that alternate by domain."""
+    reach = max(len(values) // 30, 2)
+    windows = (values[max(i - reach, 0) : i + reach] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
 
 
@@ -86,6 +86,7 @@ def loss_terms(history: Sequence[Mapping[str, Any]]) -> Plot | None:
             steps, values = [p[0] for p in points], [p[1] for p in points]
             axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.35)
             axes.plot(steps, _smooth(values), color=colour, linewidth=2)
+            axes.locator_params(axis="x", integer=True)
             axes.set_title(name, color=theme.ink, fontsize=11, fontweight="bold", loc="left")
         return figure
 
@@ -102,6 +103,7 @@ def _lines(
         figure = new_figure(theme, height=3.9)
         axes = figure.add_subplot()
         style_axes(axes, theme, "step", ylabel)
+        axes.locator_params(axis="x", integer=True)
         for number, (name, points) in enumerate(curves.items()):
             colour = theme.cycle[number % len(theme.cycle)]
             style = "-" if number % 2 == 0 else (0, (5, 2))
@@ -126,9 +128,11 @@ def learning_rate(history: Sequence[Mapping[str, Any]]) -> Plot | None:
         figure.axes[0].set_ylim(bottom=0)
         return figure
 
-    return Plot(
-        "learning_rate", "Learning rate", "Per parameter group.", ("step", "group", "value"), _long_rows(curves), draw
-    )
+    caption = "Per parameter group."
+    if len(curves) == 1:
+        caption = "The base rate; towers and heads with a rate of their own follow the same curve."
+    columns = ("step", "group", "value")
+    return Plot("learning_rate", "Learning rate", caption, columns, _long_rows(curves), draw)
 
 
 def validation_path(

@@ -158,15 +158,14 @@ def rank(
         gallery_features: ``(N, D)``.
         query_labels: ``(Q,)`` integers or ``(Q, C)`` multi-hot.
         gallery_labels: ``(N,)`` integers or ``(N, C)`` multi-hot.
-        depth: Ranks to keep; clipped to the number of items a query can find.
+        depth: Ranks to keep; clipped to the size of the gallery.
         self_indices: ``(Q,)`` gallery index of each query's own entry, which is excluded; negative: none.
 
     Returns:
-        Ranking with ``K = min(depth, items available)``.
+        Ranking with ``K = min(depth, N)``; places that a query cannot fill are not relevant.
     """
     queries, gallery = _features(query_features), _features(gallery_features)
-    available = len(gallery) - (1 if self_indices is not None and bool((_to_numpy(self_indices) >= 0).any()) else 0)
-    depth = max(min(depth, available), 0)
+    depth = min(depth, len(gallery))
     positives = count_positives(query_labels, gallery_labels, self_indices)
     if depth == 0 or len(queries) == 0:
         return Ranking(np.zeros((len(queries), depth), dtype=bool), positives)

@@ -101,9 +101,10 @@ def page(title: str, subtitle: str, lead: str, cards: Sequence[Card], sections: 
         A complete HTML document that refers to no other file, except links.
     """
     boxes = "".join(
-        f"<div class=card><div class=label>{html.escape(c.label)}</div><div class=value>{html.escape(c.value)}"
-        f"<small>{html.escape(c.unit)}</small></div><div class=detail>{html.escape(c.detail)}</div></div>"
-        for c in cards
+        f"<div class=card><div class=label>{html.escape(card.label)}</div>"
+        f"<div class=value>{html.escape(card.value).replace('-', '−')}<small>{html.escape(card.unit)}</small></div>"
+        f"<div class=detail>{html.escape(card.detail)}</div></div>"
+        for card in cards
     )
     body = "".join(
         f"<section{' class=wide' if s.wide else ''}><h2>{html.escape(s.title)}</h2>{s.body}</section>" for s in sections

@@ -99,7 +99,7 @@ def _draw_start(axes: Axes, theme: Theme, rows: Sequence[tuple[Any, ...]], label
     wide = max(max(xs) - min(xs), 0.6 * high)
     middle = (max(xs) + min(xs)) / 2
     axes.set_xlim(middle - 0.66 * wide, middle + 0.66 * wide)
-    axes.set_ylim(min(ys) - 0.10 * high, max(ys) + 0.16 * high)
+    axes.set_ylim(min(ys) - 0.16 * high, max(ys) + 0.16 * high)
     x, y = xs[0], ys[0]
     right, top = axes.get_xlim()[1], axes.get_ylim()[1]
     axes.fill_between([x, right], y, top, color=theme.good, linewidth=0, zorder=0)
@@ -125,7 +125,10 @@ def _draw_run(axes: Axes, theme: Theme, colour: str, rows: Sequence[tuple[Any, .
     steps = sorted((row for row in rows if row[1] == "checkpoint"), key=lambda row: row[2])
     if steps:
         xs, ys = [row[3] for row in steps], [row[4] for row in steps]
-        axes.plot([start[3], *xs], [start[4], *ys], color=colour, linewidth=0.9, linestyle=":", zorder=2)
+        path = (start, *steps, rows[-1])
+        axes.plot(
+            [row[3] for row in path], [row[4] for row in path], color=colour, linewidth=0.9, linestyle=":", zorder=2
+        )
         ring: dict[str, Any] = {"facecolors": theme.face, "edgecolors": colour, "linewidths": 1.2}
         axes.scatter(xs, ys, s=26, zorder=3, label=f"{name}: checkpoints", **ring)
     sweep = sorted((row for row in rows if row[1] == "alpha"), key=lambda row: row[2])
@@ -141,9 +144,10 @@ def _draw_run(axes: Axes, theme: Theme, colour: str, rows: Sequence[tuple[Any, .
     axes.annotate(
         name,
         (end[3], end[4]),
-        (0, 10),
+        (0, 10 if end[4] >= start[4] else -10),
         textcoords="offset points",
         ha="center",
+        va="bottom" if end[4] >= start[4] else "top",
         color=colour,
         fontsize=11,
         fontweight="bold",

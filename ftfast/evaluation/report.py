@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftfast.config.schema import SuiteConfig
+from ftfast.errors import DataError
 from ftfast.evaluation.drawing import DARK, LIGHT, Plot
 from ftfast.evaluation.history_plots import learning_rate, loss_terms, validation, validation_path
 from ftfast.evaluation.page import Card, Section, comparison_table, figure_html, page, summary_table
@@ -165,8 +166,10 @@ def write_comparison(
         Path of ``index.html``.
 
     Raises:
-        DataError: A run lacks a suite.
+        DataError: A run lacks a suite, or two runs share a name.
     """
+    if len({run.name for run in runs}) < len(runs):
+        raise DataError(f"runs are compared by name, but two are alike: {', '.join(run.name for run in runs)}.")
     target = Path(folder) / "report"
     tables = {run.name: summary_rows(suites, start, run.results, run.seeds) for run in runs}
     entries = [

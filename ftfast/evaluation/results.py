@@ -302,7 +302,7 @@ def write_results(folder: Path, suites: Sequence[SuiteConfig], versions: Mapping
     for tag, results in versions.items():
         for record in benchmark_records(suites, results, model=model, pretrained=tag):
             records.append(record)
-            name = f"{slug(record['dataset'])}-{slug(tag)}.json"
+            name = f"{len(records):02d}-{slug(record['dataset'])}-{slug(tag)}.json"
             write_atomically(folder / "clip_benchmark" / name, json.dumps(record, indent=2) + "\n")
         for suite in suites:
             rows += [(tag, suite.name, suite.role, suite.task, m, v) for m, v in results.get(suite.name, {}).items()]

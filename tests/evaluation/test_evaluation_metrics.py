@@ -193,6 +193,7 @@ def test_image_text_recall_with_several_captions_agrees_with_brute_force() -> No
     assert 0.05 < result["text_to_image_recall_at_1"] < 0.95
 
 
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
 def test_zero_shot_agrees_with_scikit_learn() -> None:
     features, labels = problem(8, items=400, classes=13)
     labels = np.where(labels == 12, 0, labels)  # a class without images
@@ -223,6 +224,13 @@ def test_the_scale_of_features_does_not_matter() -> None:
     assert metrics.retrieval_metrics(features * scale, labels) == pytest.approx(
         metrics.retrieval_metrics(features, labels)
     )
+
+
+def test_features_of_a_diverged_model_score_nothing() -> None:
+    features = torch.full((6, 4), float("nan"))
+    result = metrics.retrieval_metrics(features, [0, 0, 1, 1, 2, 2])
+    assert result == dict.fromkeys(metrics.RETRIEVAL_METRICS, 0.0)
+    assert metrics.classification_metrics(features, torch.eye(4), [0, 1, 2, 3, 0, 1])["acc1"] == 0
 
 
 def test_wrong_shapes_get_a_sentence() -> None:

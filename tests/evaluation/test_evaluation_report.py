@@ -248,6 +248,8 @@ def test_a_run_without_history_sweep_or_controls_still_has_a_report(tmp_path: Pa
     page = write_report(tmp_path, before=BEFORE, after=AFTER, info=info(suites=SUITES[2:], checkpoints=(), config=""))
     assert "34.5" in page.read_text(encoding="utf-8")
     assert list((tmp_path / "report").glob("*.png")) == []
+    page = write_report(tmp_path / "none", before={}, after={}, info=info(suites=(), checkpoints=()))
+    assert "Nothing was measured." in page.read_text(encoding="utf-8")
 
 
 def test_the_same_results_give_the_same_bytes(tmp_path: Path) -> None:
@@ -266,6 +268,8 @@ def test_comparison_shows_shares_of_the_first_run(tmp_path: Path) -> None:
     assert "97 % of naive’s gain" in text  # 16.7 of 17.2
     assert "7 % of naive’s loss" in text  # 1.7 of 25.0
     assert "1 % of naive’s loss" in text  # 0.3 of 21.0
+    with pytest.raises(DataError, match=r"two are alike: naive, naive\.$"):
+        write_comparison(tmp_path, [runs[0], runs[0]], start=BEFORE, suites=SUITES, info=info())
     runs_drawn = {row["run"] for row in read_csv(tmp_path / "report" / "gained_vs_forgotten.csv")}
     assert runs_drawn == {"start", "naive", "INFUSING"}
     out = io.StringIO()
