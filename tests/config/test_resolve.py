@@ -149,7 +149,7 @@ def _values(annotation: typing.Any) -> st.SearchStrategy:
 
 
 @settings(
-    max_examples=40,
+    max_examples=25,
     deadline=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
