@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(with_origins(resolved), end="")
         return 0
 
+    _require_one_process()
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -53,10 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _require_one_process() -> None:
+    """Refuse a launcher's second process: each would train alone and write into the same folder.
+
+    Raises:
+        ConfigError: If WORLD_SIZE is above 1.
+    """
+    from ftfast.errors import ConfigError
+
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"WORLD_SIZE is {processes}, but this version trains in one process. "
+            "Launch one (--nproc_per_node 1 or --num_gpus 1) and use --accum-freq for a larger batch."
+        )
+
+
 if __name__ == "__main__":
     # A launcher starts this file with its own folder first on the path; ftfast must come from where it is installed.
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [path for path in sys.path if os.path.abspath(path or os.curdir) != here]
-    from ftfast.cli.guard import guarded
+    from ftfast.cli import guard
 
-    sys.exit(guarded(main, sys.argv[1:]))
+    sys.exit(guard.run(main, sys.argv[1:]))
