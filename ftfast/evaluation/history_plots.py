@@ -76,6 +76,7 @@ def loss_terms(history: Sequence[Mapping[str, Any]]) -> Plot | None:
     curves = dict(sorted(curves.items(), key=lambda item: item[0] != "total"))
 
     def draw(theme: Theme) -> Figure:
+        """Draw in a theme."""
         across = 1 if len(curves) == 1 else (2 if len(curves) <= 4 else 3)
         down = -(-len(curves) // across)
         figure = new_figure(theme, width=5.8 if across < 3 else 8.6, height=0.4 + (3.5 if down == 1 else 2.2 * down))
@@ -100,6 +101,7 @@ def _lines(
     curves: Mapping[str, list[tuple[int, float]]], ylabel: str, *, marker: str = ""
 ) -> Callable[[Theme], Figure]:
     def draw(theme: Theme) -> Figure:
+        """Draw in a theme."""
         figure = new_figure(theme, height=3.9)
         axes = figure.add_subplot()
         style_axes(axes, theme, "step", ylabel)
@@ -122,6 +124,7 @@ def learning_rate(history: Sequence[Mapping[str, Any]]) -> Plot | None:
         return None
 
     def draw(theme: Theme) -> Figure:
+        """Draw in a theme."""
         figure = _lines(curves, "learning rate")(theme)
         figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         figure.axes[0].yaxis.get_offset_text().set_color(theme.muted)

@@ -72,6 +72,7 @@ def gained_versus_forgotten(
     rows = [row for row in rows if not math.isnan(row[3]) and not math.isnan(row[4])]
 
     def draw(theme: Theme) -> Figure:
+        """Draw in a theme."""
         figure = new_figure(theme, width=5.8 if len(runs) == 1 else 7.6, height=4.9)
         axes = figure.add_subplot()
         style_axes(axes, theme, _axis_label(suites, "control"), _axis_label(suites, "target"))
@@ -188,6 +189,7 @@ def alpha_sweep(suites: Sequence[SuiteConfig], sweeps: Mapping[str, Sequence[Swe
     best = {name: best_alpha(shown, points) for name, points in drawn.items()}
 
     def draw(theme: Theme) -> Figure:
+        """Draw in a theme."""
         figure = new_figure(theme, width=5.8 if len(drawn) == 1 else 8.6, height=4.9 if len(drawn) == 1 else 4.6)
         panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
         for axes, name in zip(panels, drawn, strict=True):
