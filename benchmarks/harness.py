@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -83,25 +83,6 @@ def synchronize(device: torch.device | str) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_once(function: Callable[[], object], device: torch.device | str) -> float:
-    """Time one call between two device synchronisations.
-
-    Args:
-        function: Called without arguments; its result is dropped after the clock has stopped.
-        device: Where the work runs.
-
-    Returns:
-        Seconds of wall-clock time.
-    """
-    synchronize(device)
-    start = time.perf_counter()
-    result = function()
-    synchronize(device)
-    elapsed = time.perf_counter() - start
-    del result
-    return elapsed
-
-
 def interleave(
     functions: Mapping[str, Callable[[], object]],
     *,
@@ -124,20 +105,62 @@ def interleave(
     Returns:
         Name to :class:`Timing`.
     """
+    stages = {name: [lambda _, function=function: function()] for name, function in functions.items()}
+    timed = interleave_stages(stages, repeats=repeats, warmup=warmup, device=device, seconds=seconds)
+    return {name: timings[-1] for name, timings in timed.items()}
+
+
+def interleave_stages(
+    functions: Mapping[str, Sequence[Callable[[Any], object]]],
+    *,
+    repeats: int = 5,
+    warmup: int = 1,
+    device: torch.device | str = "cpu",
+    seconds: float | None = None,
+) -> dict[str, list[Timing]]:
+    """Time callables by turns like :func:`interleave`, each in stages, such as forward and backward.
+
+    Args:
+        functions: Name to stages; each stage is called with the result of the one before it (the first with None).
+        repeats: Rounds that count.
+        warmup: Rounds before them that do not.
+        device: Where the work runs; CUDA is synchronised around each stage.
+        seconds: Stop after the round in which this much time has passed, if fewer rounds are done by then.
+
+    Returns:
+        Name to one :class:`Timing` per stage and, last, that of all stages together.
+    """
     names = list(functions)
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[list[float]]] = {name: [] for name in names}
     for _ in range(warmup):
         for name in names:
-            time_once(functions[name], device)
+            time_stages(functions[name], device)
     gc.collect()
     start = time.perf_counter()
     for round_number in range(max(1, repeats)):
         shift = round_number % len(names) if names else 0
         for name in names[shift:] + names[:shift]:
-            times[name].append(time_once(functions[name], device))
+            times[name].append(time_stages(functions[name], device))
         if seconds is not None and time.perf_counter() - start > seconds:
             break
-    return {name: summarize(values) for name, values in times.items()}
+    return {
+        name: [*(summarize(list(stage)) for stage in zip(*rounds, strict=True)), summarize(list(map(sum, rounds)))]
+        for name, rounds in times.items()
+    }
+
+
+def time_stages(stages: Sequence[Callable[[Any], object]], device: torch.device | str) -> list[float]:
+    """Time one call of each stage, synchronising the device between them; return seconds per stage."""
+    elapsed = []
+    result: object = None
+    synchronize(device)
+    for stage in stages:
+        start = time.perf_counter()
+        result = stage(result)
+        synchronize(device)
+        elapsed.append(time.perf_counter() - start)
+    del result
+    return elapsed
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
