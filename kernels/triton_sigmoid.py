@@ -1,0 +1,168 @@
+"""Triton backend of the pairwise sigmoid loss: one pass makes the loss and the superblocks of G for the two products.
+
+Legend: M rows, N columns, D width, superblock (R, C).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .relations import Relation
+from .triton_products import superblock_gradients
+from .triton_softmax import HALF_HEADROOM, rows_contiguous
+from .triton_tiles import GROUP, LN_2, LOG2_E, NONE, PAIR, positive_mask, product_tile, tile_position
+from .tuning import Tile, capability_of, tiles
+
+STRIPE_TILES = 64  # rows of tiles per launch when no gradient is wanted
+
+
+@triton.jit
+def _sigmoid_kernel(
+    x_ptr: tl.tensor,  # (M, D)
+    y_ptr: tl.tensor,  # (N, D)
+    scale_ptr: tl.tensor,  # () float32
+    bias_ptr: tl.tensor,  # () float32
+    row_ids_ptr: tl.tensor,  # (M,) int64
+    col_ids_ptr: tl.tensor,  # (N,) int64
+    g_ptr: tl.tensor,  # (R, C) superblock
+    loss_ptr: tl.tensor,  # (programs,) float32
+    bias_grad_ptr: tl.tensor,  # (programs,) float32
+    norm: tl.tensor,
+    first_row: tl.tensor,
+    first_col: tl.tensor,
+    tiles_m: tl.tensor,
+    tiles_n: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    D: tl.tensor,
+    x_stride: tl.tensor,
+    y_stride: tl.tensor,
+    g_stride: tl.tensor,
+    offset: tl.tensor,
+    MODE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Loss of one tile: Σ softplus(∓(S + bias)); G = σ(S + bias) for negatives, -σ(-S - bias) for positives."""
+    tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    local_rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    local_cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows = first_row + local_rows
+    cols = first_col + local_cols
+    near_rows = tl.minimum(rows, M - 1)
+    near_cols = tl.minimum(cols, N - 1)
+    dots = product_tile(
+        x_ptr, y_ptr, near_rows, near_cols, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+    )
+    s = dots * (tl.load(scale_ptr) * LOG2_E) + tl.load(bias_ptr) * LOG2_E
+    exists = (rows < M)[:, None] & (cols < N)[None, :]
+    sign = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=tl.float32)
+    if MODE != NONE:
+        row_ids = rows
+        col_ids = cols
+        if MODE == GROUP:
+            row_ids = tl.load(row_ids_ptr + near_rows)
+            col_ids = tl.load(col_ids_ptr + near_cols)
+        sign = tl.where(positive_mask(rows, cols, row_ids, col_ids, offset, MODE), -1.0, 1.0)
+    s = tl.where(exists, s * sign, float("-inf"))
+    # softplus(s) = max(s, 0) + log(1 + exp(-|s|)), with log(1 + e) = e for small e, where 1 + e would lose it
+    e = tl.exp2(-tl.abs(s))
+    log_term = tl.where(e < 2e-4, e * (1.0 - 0.5 * e), tl.log2(1.0 + e) * LN_2)
+    loss = tl.maximum(s, 0.0) * LN_2 + log_term
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
+    if GRADIENT:
+        g = tl.where(s >= 0, 1.0, e) / (1.0 + e) * sign
+        tl.store(bias_grad_ptr + tl.program_id(0), tl.sum(tl.sum(g, 1), 0))
+        tl.store(g_ptr + local_rows[:, None] * g_stride + local_cols[None, :], (g * norm).to(g_ptr.dtype.element_ty))
+
+
+def forward(
+    x: Tensor, y: Tensor, scale: Tensor, bias: Tensor, relation: Relation | None, need: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Sum the sigmoid loss over all pairs, with its gradients; see :func:`ftfast.kernels.torch_sigmoid.forward`.
+
+    Returns:
+        Loss (0-d float32), dX, dY (dtypes of the inputs; size 0 where not needed), d scale, d bias (0-d float32).
+    """
+    x, y = rows_contiguous(x), rows_contiguous(y)
+    tile = tiles(x.dtype, capability_of(x.device))[0]
+    scalars = (scale.to(torch.float32), bias.to(torch.float32))
+    norm = HALF_HEADROOM if x.dtype == torch.float16 else 1.0
+    losses: list[Tensor] = []
+    bias_grads: list[Tensor] = []
+
+    def launch(workspace: Tensor, rows: slice, cols: slice, grid: tuple[int, int]) -> None:
+        parts = torch.empty((2, grid[0] * grid[1]), dtype=torch.float32, device=x.device)
+        _launch_sigmoid(x, y, scalars, relation, workspace, parts, norm, (rows, cols), grid, tile, any(need))
+        losses.append(parts[0].sum(dtype=torch.float64))
+        if any(need):
+            bias_grads.append(parts[1].sum(dtype=torch.float64))
+
+    empty = torch.zeros((), dtype=torch.float32, device=x.device)
+    if not any(need):
+        step = STRIPE_TILES * tile.m
+        for first in range(0, x.shape[0], step):
+            rows = slice(first, min(first + step, x.shape[0]))
+            grid = (triton.cdiv(rows.stop - first, tile.m), triton.cdiv(y.shape[0], tile.n))
+            launch(x, rows, slice(0, y.shape[0]), grid)
+        return torch.stack(losses).sum().float(), x.new_empty(0), y.new_empty(0), empty, empty.clone()
+    used = (need[0] or not need[1], need[1])
+    grad_x, grad_y, grad_scale = superblock_gradients(x, y, scalars[0], norm, used, tile, launch)
+    loss, grad_bias = torch.stack(losses).sum().float(), torch.stack(bias_grads).sum().float()
+    return loss, grad_x if need[0] else x.new_empty(0), grad_y, grad_scale, grad_bias
+
+
+def _launch_sigmoid(
+    x: Tensor,
+    y: Tensor,
+    scalars: tuple[Tensor, Tensor],
+    relation: Relation | None,
+    workspace: Tensor,
+    parts: Tensor,
+    norm: float,
+    at: tuple[slice, slice],
+    grid: tuple[int, int],
+    tile: Tile,
+    gradient: bool,
+) -> None:
+    mode = NONE.value if relation is None else PAIR.value if relation.mode == "pair" else GROUP.value
+    _sigmoid_kernel[(grid[0] * grid[1],)](
+        x,
+        y,
+        *scalars,
+        x if relation is None or relation.row_ids is None else relation.row_ids,
+        y if relation is None or relation.col_ids is None else relation.col_ids,
+        workspace,
+        parts[0],
+        parts[1],
+        float(norm),
+        at[0].start,
+        at[1].start,
+        *grid,
+        # Without a superblock the stripe's end bounds the rows, so that no pair is counted twice.
+        x.shape[0] if gradient else at[0].stop,
+        y.shape[0],
+        x.shape[1],
+        x.stride(0),
+        y.stride(0),
+        workspace.stride(0),
+        0 if relation is None else relation.offset,
+        MODE=mode,
+        GRADIENT=gradient,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        GROUP_M=tile.group,
+        EVEN_K=x.shape[1] % tile.k == 0,
+        PRECISION="ieee",
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
