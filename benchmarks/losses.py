@@ -1,13 +1,14 @@
 """Similarity losses: time of forward, backward and both, peak memory, and error against float64.
 
-All implementations of a loss run in one process by turns, so ratios are meaningful on a busy machine. Memory is the peak beyond the inputs during forward and backward,
-gradients of the inputs included.
+All implementations of a loss run in one process by turns, so ratios are meaningful on a busy machine. Memory is the
+peak beyond the inputs during forward and backward, gradients of the inputs included.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,18 @@ def step(implementation: Implementation, inputs: Inputs) -> tuple[Tensor | None,
     return torch.autograd.grad(implementation(inputs), leaves(inputs), allow_unused=True)
 
 
+def in_stages(implementation: Implementation, inputs: Inputs) -> list[Callable[[Any], object]]:
+    """Return forward and backward as separately timed stages."""
+
+    def forward(_: object) -> Tensor:
+        return implementation(inputs)
+
+    def backward(loss: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(loss, leaves(inputs), allow_unused=True)
+
+    return [forward, backward]
+
+
 def measure_errors(
     implementation: Implementation, inputs: Inputs, truth: tuple[Tensor, list[Tensor]]
 ) -> dict[str, float]:
@@ -114,13 +127,7 @@ def measure_size(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    stages = {
-        name: (
-            lambda _, implementation=implementation: implementation(inputs),
-            lambda loss: torch.autograd.grad(loss, leaves(inputs), allow_unused=True),
-        )
-        for name, implementation in working.items()
-    }
+    stages = {name: in_stages(implementation, inputs) for name, implementation in working.items()}
     times = harness.interleave_stages(
         stages, repeats=arguments.repeats, warmup=1, device=device, seconds=arguments.seconds
     )
