@@ -137,6 +137,7 @@ def best_alpha(suites: Sequence[SuiteConfig], sweep: Sequence[SweepPoint]) -> Sw
     """
 
     def score(point: SweepPoint) -> float:
+        """Mean of the role means that are known."""
         means = [role_mean(suites, point.results, role) for role in ("target", "control")]
         known = [value for value in means if not math.isnan(value)]
         return sum(known) / len(known) if known else -math.inf

@@ -149,6 +149,7 @@ class _Encoder:
     _images: dict[str, ImageEmbeddings] = field(default_factory=dict)
 
     def images(self, dataset: ImageDataset) -> ImageEmbeddings:
+        """Features of a data set, computed on first use."""
         key = dataset.fingerprint
         if key not in self._images:
             self._images[key] = embed_images(
@@ -164,6 +165,7 @@ class _Encoder:
         return self._images[key]
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Features of texts."""
         return embed_texts(
             self.model,
             self.loaded.tokenizer,
