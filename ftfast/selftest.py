@@ -146,53 +146,55 @@ def _labels(generator: torch.Generator, classes: int) -> Tensor:
     return torch.randint(0, classes, (_ROWS,), generator=generator)
 
 
+def _pairs(generator: torch.Generator) -> list[Tensor]:
+    return _features(generator, _ROWS, _ROWS)
+
+
+def _labelled(generator: torch.Generator) -> list[Tensor]:
+    return [*_features(generator, _ROWS), _labels(generator, 20)]
+
+
+def _classes(generator: torch.Generator) -> list[Tensor]:
+    return [*_features(generator, _ROWS, _COLUMNS), _labels(generator, _COLUMNS)]
+
+
+def _teacher_pairs(generator: torch.Generator) -> list[Tensor]:
+    return _features(generator, _ROWS, _COLUMNS, _ROWS, _COLUMNS)
+
+
 def _loss_cases() -> list[Case]:
     from ftfast import kernels
     from ftfast.kernels import reference
 
-    scale = 14.0
-    options = kernels.DistillOptions()
-
-    def pairs(generator: torch.Generator) -> list[Tensor]:
-        return _features(generator, _ROWS, _ROWS)
-
-    def labelled(generator: torch.Generator) -> list[Tensor]:
-        return [*_features(generator, _ROWS), _labels(generator, 20)]
-
-    def classes(generator: torch.Generator) -> list[Tensor]:
-        return [*_features(generator, _ROWS, _COLUMNS), _labels(generator, _COLUMNS)]
-
-    def teacher_pairs(generator: torch.Generator) -> list[Tensor]:
-        return _features(generator, _ROWS, _COLUMNS, _ROWS, _COLUMNS)
-
+    scale, options = 14.0, kernels.DistillOptions()
     losses: list[tuple[str, Any, Callable[..., Tensor], Callable[..., Tensor]]] = [
         (
             "clip_loss",
-            pairs,
+            _pairs,
             lambda x, y: kernels.clip_loss(x, y, scale),
             lambda x, y: reference.clip_loss_reference(x, y, scale),
         ),
         (
             "siglip_loss",
-            pairs,
+            _pairs,
             lambda x, y: kernels.siglip_loss(x, y, scale),
             lambda x, y: reference.siglip_loss_reference(x, y, scale),
         ),
         (
             "supervised_contrastive_loss",
-            labelled,
+            _labelled,
             lambda x, labels: kernels.supervised_contrastive_loss(x, labels, scale),
             lambda x, labels: reference.supervised_contrastive_loss_reference(x, labels, scale),
         ),
         (
             "classification_loss",
-            classes,
+            _classes,
             lambda x, c, labels: kernels.classification_loss(x, c, labels, scale, label_smoothing=0.1),
             lambda x, c, labels: reference.classification_loss_reference(x, c, labels, scale, label_smoothing=0.1),
         ),
         (
             "similarity_distillation_loss",
-            teacher_pairs,
+            _teacher_pairs,
             lambda x, y, a, b: kernels.similarity_distillation_loss(
                 x, y, a.detach(), b.detach(), scale, options=options
             ),
@@ -202,7 +204,7 @@ def _loss_cases() -> list[Case]:
         ),
         (
             "feature_distillation_loss",
-            pairs,
+            _pairs,
             lambda x, y: kernels.feature_distillation_loss(x, y.detach()),
             lambda x, y: reference.feature_distillation_loss_reference(x, y.detach()),
         ),
