@@ -1,9 +1,9 @@
 """Make the built-in tiny CLIPs again: ``ftfast pretrain``.
 
-Data: the "pairs/train" split, two drawings of about 1,490 named things, each in two of three hands. Loss: the fused
-multi-positive contrastive loss between a batch of images and the names of *all* things, which is the CLIP loss with
-every name as a negative: fine differences (twelve clock faces, 258 flags) rarely meet in one batch. Both towers start
-from random weights. Everything follows from the seed on one machine and one thread count.
+Data: the "pairs/train" split, 1,490 named things, each in two of three hands. Loss: the fused multi-positive
+contrastive loss between the images of a batch and their names under random prompts; two drawings of one thing in a
+batch are positives of both names. Both towers start from random weights. Everything follows from the seed, on one
+machine and with one number of threads.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,46 +26,11 @@ from ftfast.data.builtin.augment import Augmentation, augment
 from ftfast.errors import ConfigError, TrainingError
 from ftfast.kernels import clip_loss
 from ftfast.models.tiny import BUILTIN_MODELS, IMAGE_SIZE, TEMPLATES, build_tiny, builtin_model_folder, save_tiny
+from ftfast.pretrain_settings import EPOCHS, PretrainConfig
 from ftfast.tiny_exam import FEW_CLASSES, card_text, evaluate_tiny, measure, own_exam
-
-PLAIN_SHARE = 0.4
-"""Share of steps whose prompt is the bare name; the other steps draw from all of ``TEMPLATES``."""
 
 _BETAS = (0.9, 0.98)
 _MAX_LOGIT_SCALE = 100.0
-_EPOCHS = {"v1": 60, "v2": 120}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Train a tiny CLIP from scratch on the built-in drawings; the defaults are the recipe of the shipped weights."""
-
-    out: str
-    """Folder to write: an open_clip folder with weights, configuration and model card."""
-    version: Literal["v1", "v2"] = "v1"
-    """Which of the two architectures."""
-    epochs: int = 0
-    """Passes over the 2,980 training drawings; 0: the recipe's (v1 60, v2 120)."""
-    batch_size: int = 256
-    """Images per step."""
-    lr: float = 2e-3
-    """Highest learning rate of AdamW; linear warm-up over a tenth of the steps, then cosine to zero."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay of matrices and filters; token table, norms and biases are left alone."""
-    label_smoothing: float = 0.0
-    """Weight of the uniform target in the contrastive loss."""
-    seed: int = 0
-    """Seed of initial weights, order and augmentation."""
-    threads: int = 0
-    """CPU threads; 0: torch's default. Rounding differs with the number of threads."""
-    precision: Literal["fp32", "amp_bf16"] = "fp32"
-    """amp_bf16 takes half the time on processors with bfloat16 arithmetic."""
-    smoke: bool = False
-    """Try everything in seconds: a few names, one epoch."""
-    overwrite: bool = False
-    """Replace the folder if it exists."""
-    log_every: int = 5
-    """Epochs between progress lines; each measures the held-out drawings."""
 
 
 def pretrain(config: PretrainConfig, say: Callable[[str], None] | None = None) -> Path:
@@ -130,7 +95,7 @@ def _check(config: PretrainConfig) -> None:
 
 
 def _epochs(config: PretrainConfig) -> int:
-    return config.epochs or (1 if config.smoke else _EPOCHS[config.version])
+    return config.epochs or (1 if config.smoke else EPOCHS[config.version])
 
 
 def _plan(config: PretrainConfig) -> str:
@@ -140,7 +105,7 @@ def _plan(config: PretrainConfig) -> str:
 def _train(model: Any, config: PretrainConfig, say: Callable[[str], None]) -> None:
     images, labels, names = _training_data(config)
     exam = own_exam(model, config.smoke)
-    tokens = _tokens(names)
+    tokens = _tokens(names, len(model.positional_embedding))
     generator = torch.Generator().manual_seed(config.seed)
     optimizer = _optimizer(model, config)
     batch = min(config.batch_size, len(images))
@@ -171,24 +136,21 @@ def _step(
     model: Any,
     optimizer: torch.optim.Optimizer,
     batch: tuple[Tensor, Tensor],
-    tokens: list[Tensor],
+    tokens: Tensor,
     config: PretrainConfig,
     generator: torch.Generator,
 ) -> float:
-    """One update: a batch of augmented images against the names of everything, under one prompt."""
+    """One update: augmented images against their names, each under a random prompt."""
     images, labels = batch
     pixels = (augment(images, IMAGE_SIZE, Augmentation(), generator) - 0.5) / 0.5
-    plain = torch.rand((), generator=generator).item() < PLAIN_SHARE
-    prompt = 0 if plain else int(torch.randint(len(tokens), (), generator=generator))
+    prompts = torch.randint(len(tokens), (len(labels),), generator=generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "amp_bf16"):
         image_features = model.encode_image(pixels.contiguous(memory_format=torch.channels_last))
-        text_features = encode_names(model, tokens[prompt])
     loss = clip_loss(
         F.normalize(image_features.float(), dim=-1),
-        F.normalize(text_features.float(), dim=-1),
+        F.normalize(encode_prompts(model, tokens[prompts, labels]), dim=-1),
         model.logit_scale.exp(),
         labels=labels,
-        text_labels=torch.arange(len(text_features)),
         label_smoothing=config.label_smoothing,
     )
     optimizer.zero_grad(set_to_none=True)
@@ -200,11 +162,10 @@ def _step(
     return loss.item()
 
 
-def encode_names(model: Any, tokens: Tensor) -> Tensor:
+def encode_prompts(model: Any, tokens: Tensor) -> Tensor:
     """Text features of short prompts without computing their padding; equal to ``model.encode_text``.
 
-    The text tower is causal, so what follows the end-of-text token never reaches it. Prompts are encoded in two groups
-    by length, each cut to its longest.
+    The text tower is causal, so what follows the end-of-text token never reaches it: prompts are cut to the longest.
 
     Args:
         model: A built-in tiny CLIP.
@@ -213,16 +174,11 @@ def encode_names(model: Any, tokens: Tensor) -> Tensor:
     Returns:
         (N, D), not normalised.
     """
-    lengths = (tokens > 0).sum(1)
-    order = lengths.argsort(stable=True)
-    features = []
-    for rows in (order[: 3 * len(order) // 4], order[3 * len(order) // 4 :]):
-        length = int(lengths[rows].max())
-        short = tokens[rows, :length]
-        hidden = model.token_embedding(short) + model.positional_embedding[:length]
-        hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
-        features.append(hidden[torch.arange(len(rows)), short.argmax(1)] @ model.text_projection)
-    return torch.cat(features)[order.argsort()]
+    length = int((tokens > 0).sum(1).max())
+    short = tokens[:, :length]
+    hidden = model.token_embedding(short) + model.positional_embedding[:length]
+    hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
+    return hidden[torch.arange(len(short)), short.argmax(1)] @ model.text_projection
 
 
 def _training_data(config: PretrainConfig) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -235,15 +191,12 @@ def _training_data(config: PretrainConfig) -> tuple[Tensor, Tensor, tuple[str, .
     return images[few], labels[few], split.class_names[:FEW_CLASSES]
 
 
-def _tokens(names: tuple[str, ...]) -> list[Tensor]:
-    """Tokens of every name under every template: one (N, context length) tensor per template."""
+def _tokens(names: tuple[str, ...], context_length: int) -> Tensor:
+    """Tokens of every name under every prompt, int64 (prompts, names, context length)."""
     from open_clip import SimpleTokenizer
 
-    from ftfast.models.tiny import tiny_config
-
-    length = tiny_config(BUILTIN_MODELS[0])["model_cfg"]["text_cfg"]["context_length"]
-    tokenizer = SimpleTokenizer(context_length=length)
-    return [tokenizer([template.format(name) for name in names]) for template in TEMPLATES]
+    tokenizer = SimpleTokenizer(context_length=context_length)
+    return torch.stack([tokenizer([template.format(name) for name in names]) for template in TEMPLATES])
 
 
 def _optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:

@@ -2,8 +2,8 @@
 
 They are real CLIPs, pretrained on drawings by ``ftfast pretrain``, small enough to be part of the package. Both share
 the tokenizer (open_clip's own, so no tokenizer files are needed) and the width of the text tower; v2's image tower is
-wider. Most of the parameters of the text tower are its 49,408 token embeddings, of which the drawings' names use about
-1,800; they are stored in 8-bit floating point and everything else in 16-bit, and computed in float32.
+deeper. The text tower is narrow because the tokenizer has 49,408 tokens, of which the drawings' names use 1,769.
+Weights are stored in float16 and computed in float32.
 """
 
 from __future__ import annotations
@@ -27,23 +27,24 @@ IMAGE_SIZE = 64
 
 TEMPLATES = (
     "{}",
+    "{}",
     "a photo of a {}.",
     "a drawing of a {}.",
     "an icon of a {}.",
     "a picture of a {}.",
 )
-"""Prompts the models were pretrained with."""
+"""Prompts the models were pretrained with, each as often as it stands here."""
 
-_IMAGE_WIDTHS = {"tiny-clip-v1": 20, "tiny-clip-v2": 24}
+_IMAGE_LAYERS = {"tiny-clip-v1": [1, 1, 1, 1], "tiny-clip-v2": [1, 2, 2, 1]}
+_IMAGE_WIDTH = 20
 _EMBED_DIM = 256
-_TEXT_CONFIG = {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 4, "layers": 2}
+_TEXT_CONFIG = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 _PREPROCESS = {
     "mean": [0.5, 0.5, 0.5],
     "std": [0.5, 0.5, 0.5],
     "interpolation": "bicubic",
     "resize_mode": "squash",
 }
-_TOKEN_TABLE = "token_embedding.weight"
 
 
 def builtin_model_folder(name: str) -> Path:
@@ -69,8 +70,12 @@ def tiny_config(name: str) -> dict[str, Any]:
         ModelError: If the name is not a built-in model.
     """
     _check_name(name)
-    width = _IMAGE_WIDTHS[name]
-    vision = {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": width, "head_width": width}
+    vision = {
+        "image_size": IMAGE_SIZE,
+        "layers": list(_IMAGE_LAYERS[name]),
+        "width": _IMAGE_WIDTH,
+        "head_width": _IMAGE_WIDTH,
+    }
     model = {"embed_dim": _EMBED_DIM, "vision_cfg": vision, "text_cfg": dict(_TEXT_CONFIG)}
     return {"model_cfg": model, "preprocess_cfg": copy.deepcopy(_PREPROCESS)}
 
@@ -95,8 +100,8 @@ def build_tiny(name: str) -> nn.Module:
 def save_tiny(folder: Path, name: str, state: dict[str, Tensor], card_text: str) -> Path:
     """Write a tiny CLIP as an open_clip folder, atomically and compactly.
 
-    Floating-point tensors are stored in float16 and the token table in float8 (e4m3); open_clip widens them when it
-    loads. Rounding is part of the model: measure what was written, not what was trained.
+    Floating-point tensors are stored in float16; open_clip widens them when it loads. Rounding is part of the model:
+    measure what was written, not what was trained.
 
     Args:
         folder: Target; replaced as a whole.
@@ -109,7 +114,7 @@ def save_tiny(folder: Path, name: str, state: dict[str, Tensor], card_text: str)
     """
     from safetensors.torch import save_file
 
-    tensors = {key: _compact(key, value) for key, value in state.items()}
+    tensors = {key: _compact(value) for key, value in state.items()}
     with atomic_folder(Path(folder)) as work:
         (work / CONFIG_NAME).write_text(json.dumps(tiny_config(name), indent=2) + "\n", encoding="utf-8")
         save_file(tensors, work / WEIGHTS_NAME)
@@ -117,11 +122,9 @@ def save_tiny(folder: Path, name: str, state: dict[str, Tensor], card_text: str)
     return Path(folder)
 
 
-def _compact(key: str, tensor: Tensor) -> Tensor:
-    value = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    if not value.is_floating_point():
-        return value
-    return value.to(torch.float8_e4m3fn) if key == _TOKEN_TABLE else value.half()
+def _compact(tensor: Tensor) -> Tensor:
+    value = tensor.detach().cpu()
+    return (value.half() if value.is_floating_point() else value).clone(memory_format=torch.contiguous_format)
 
 
 def _check_name(name: str) -> None:

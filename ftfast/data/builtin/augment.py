@@ -19,23 +19,23 @@ from torch import Tensor
 class Augmentation:
     """Strengths of the augmentation; zero turns a part off."""
 
-    rotation: float = 20.0
+    rotation: float = 10.0
     """Largest rotation in degrees, either way."""
-    scale: float = 0.3
+    scale: float = 0.15
     """Largest relative change of size."""
-    aspect: float = 0.2
+    aspect: float = 0.1
     """Largest log change of width against height."""
-    shift: float = 0.2
+    shift: float = 0.1
     """Largest shift, in half image widths."""
-    shear: float = 0.15
+    shear: float = 0.075
     """Largest shear."""
-    color_mix: float = 0.25
+    color_mix: float = 0.15
     """Largest entry of the random 3x3 colour matrix added to the identity."""
-    brightness: float = 0.4
+    brightness: float = 0.24
     """Largest relative change of contrast against white."""
-    tint: float = 0.1
+    tint: float = 0.06
     """Largest colour offset."""
-    grayscale: float = 0.15
+    grayscale: float = 0.1
     """Share of images without colour."""
     outline: float = 0.3
     """Share of images whose edges are drawn in black."""
