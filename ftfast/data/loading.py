@@ -21,6 +21,8 @@ from ftfast.data.fetching import Batch, BatchKey, Fetched, Fetcher, Transform
 from ftfast.data.samplers import BatchPlan, LoaderOptions, SamplerName, SequentialPlan, make_plan
 from ftfast.errors import CheckpointError, DataError
 
+_SECONDS_TO_SAVE = 60
+
 
 class _Keys:
     """The stream of batch keys from a position on, as a DataLoader sampler."""
@@ -41,8 +43,15 @@ def _identity(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the main process saves first and then ends its workers.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The main process saves first and then ends its
+    # workers; one that died before would end training with an error, so they outlive a first SIGTERM for a while.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _die_later)
+
+
+def _die_later(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.alarm(_SECONDS_TO_SAVE)
 
 
 class BatchLoader:
@@ -240,29 +249,15 @@ def make_loader(
         DataError: The data cannot fill one batch or lacks what the sampler needs; while iterating, too many bad images.
     """
     options = options or LoaderOptions()
-    plan = make_plan(
-        dataset,
-        batch_size=batch_size,
-        seed=seed,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        sampler=sampler,
-        options=options,
-    )
+    settings = {"batch_size": batch_size, "seed": seed, "shuffle": shuffle, "drop_last": drop_last, "sampler": sampler}
     return BatchLoader(
         dataset,
         transform,
-        plan,
+        make_plan(dataset, options=options, **settings),  # type: ignore[arg-type]
         workers=workers,
         max_bad_fraction=dataset.max_bad_fraction if max_bad_fraction is None else max_bad_fraction,
         options=options,
-        settings={
-            "seed": seed,
-            "batch_size": batch_size,
-            "shuffle": shuffle,
-            "drop_last": drop_last,
-            "sampler": sampler,
-        },
+        settings=settings,
     )
 
 

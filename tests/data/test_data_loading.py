@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -400,8 +403,6 @@ def test_messages_of_make_loader():
 def test_waiting_is_measured():
     class Slow:
         def __call__(self, image):
-            import time
-
             time.sleep(0.02)
             return torch.zeros(1)
 
@@ -465,3 +466,36 @@ def test_builtin_sets_are_opened_by_path():
     assert other.fingerprint != data.fingerprint
     with pytest.raises(DataError, match=r"^builtin:tasks/flag/test: no such split. Did you mean 'tasks/flags/test'\?"):
         open_dataset(DataConfig(path="builtin:tasks/flag/test"))
+
+
+TERMINATED = """
+import os, signal, time, numpy as np, torch
+from torchvision import transforms
+from ftfast.data import ImageDataset, make_loader
+
+data = ImageDataset.from_arrays(np.zeros((4000, 8, 8, 3), dtype=np.uint8))
+loader = make_loader(data, transforms.ToTensor(), batch_size=4, workers=2)
+next(loader)
+asked = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: asked.append(1))
+    os.killpg(0, number)
+for _ in range(60):  # more than the workers had prepared
+    next(loader)
+print(len(asked), time.time(), flush=True)
+"""
+
+
+def test_workers_outlive_signals_to_the_group():
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINATED],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        start_new_session=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    asked, finished = done.stdout.split()
+    assert asked == "2"
+    assert time.time() - float(finished) < 40  # less than the workers' grace: they do not hold up the exit
