@@ -2,45 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from ftfast.cli import output
 from ftfast.cli.options import parse_options
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainArguments:
-    """Train a tiny CLIP from scratch on the built-in drawings; the defaults are the recipe of the shipped weights."""
-
-    out: str
-    """Folder to write: an open_clip folder with weights, configuration and model card."""
-    version: Literal["v1", "v2"] = "v1"
-    """Which of the two architectures."""
-    epochs: int = 0
-    """Passes over the 2,980 training drawings; 0: the recipe's (v1 60, v2 120)."""
-    batch_size: int = 256
-    """Images per step."""
-    lr: float = 2e-3
-    """Highest learning rate of AdamW; linear warm-up over a tenth of the steps, then cosine to zero."""
-    weight_decay: float = 0.05
-    """Decoupled weight decay of matrices and filters; token table, norms and biases are left alone."""
-    label_smoothing: float = 0.0
-    """Weight of the uniform target in the contrastive loss."""
-    seed: int = 0
-    """Seed of initial weights, order and augmentation."""
-    threads: int = 0
-    """CPU threads; 0: torch's default. Rounding differs with the number of threads."""
-    precision: Literal["fp32", "amp_bf16"] = "fp32"
-    """amp_bf16 takes half the time on processors with bfloat16 arithmetic."""
-    smoke: bool = False
-    """Try everything in seconds: a few names, one epoch."""
-    overwrite: bool = False
-    """Replace the folder if it exists."""
-    log_every: int = 5
-    """Epochs between progress lines; each measures the held-out drawings."""
+from ftfast.pretrain_settings import PretrainConfig
 
 
 def run(argv: Sequence[str]) -> int:
@@ -52,9 +18,8 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         Exit code.
     """
-    arguments = parse_options(PretrainArguments, argv, "ftfast pretrain")
-    from ftfast.pretrain import PretrainConfig, pretrain
+    config = parse_options(PretrainConfig, argv, "ftfast pretrain")
+    from ftfast.pretrain import pretrain
 
-    folder = pretrain(PretrainConfig(**dataclasses.asdict(arguments)), output.note)
-    output.emit(str(folder))
+    output.emit(str(pretrain(config, output.note)))
     return 0

@@ -21,6 +21,7 @@ Fine-tune a CLIP-like model with one of the methods of "ftfast recipes", and rep
 _TAIL = """
 Settings come from the recipe, then --config files from left to right, then flags. Every setting has a flag:
 "ftfast train RECIPE --help-all" lists them, "--print-config" shows their values and where each came from.
+"ftfast recipes show RECIPE" explains a recipe and its options.
 """
 
 

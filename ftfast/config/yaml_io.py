@@ -229,8 +229,8 @@ def _shown(node: yaml.Node) -> str:
     return f"the text '{text}'" if node.style in ("'", '"') else f"'{text}'"
 
 
-def _pairs(node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
-    """Key and value nodes with YAML merge keys (``<<``) applied; own keys win over merged ones."""
+def _pairs(node: yaml.MappingNode, around: tuple[yaml.Node, ...] = ()) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Key and value nodes with YAML merge keys (``<<``) applied; own keys win over merged ones, earlier over later."""
     own = [(key, value) for key, value in node.value if key.tag != f"{_CORE_TAG}merge"]
     names = {key.value for key, _ in own if isinstance(key, yaml.ScalarNode)}
     merged: list[tuple[yaml.Node, yaml.Node]] = []
@@ -238,9 +238,10 @@ def _pairs(node: yaml.MappingNode) -> list[tuple[yaml.Node, yaml.Node]]:
         if key.tag != f"{_CORE_TAG}merge":
             continue
         for block in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-            if isinstance(block, yaml.MappingNode) and block is not node:
-                merged += [pair for pair in block.value if pair[0].value not in names]
-                names |= {pair[0].value for pair in block.value if isinstance(pair[0], yaml.ScalarNode)}
+            if isinstance(block, yaml.MappingNode) and block not in (node, *around):  # an anchor may hold itself
+                new = [pair for pair in _pairs(block, (node, *around)) if pair[0].value not in names]
+                merged += new
+                names |= {pair[0].value for pair in new if isinstance(pair[0], yaml.ScalarNode)}
     return merged + own
 
 

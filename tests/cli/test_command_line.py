@@ -222,17 +222,14 @@ def test_page_of_a_recipe_shows_its_options_and_preset(capsys):
     assert "(default: 1000.0)" in page
 
 
-def test_copies_of_settings_that_keep_help_light_do_not_drift():
-    """The command line repeats these dataclasses so that help need not import torch."""
+def test_the_copy_of_settings_that_keeps_help_light_does_not_drift():
+    """The command line repeats this dataclass so that help need not import torch."""
     from ftfast.cli.demo_command import DemoArguments
-    from ftfast.cli.pretrain_command import PretrainArguments
     from ftfast.config.settings import field_help, field_types
     from ftfast.demo import DemoConfig
-    from ftfast.pretrain import PretrainConfig
 
-    def described(cls: type, leave_out: tuple[str, ...] = ()) -> dict[str, tuple[object, object, str]]:
+    def described(cls: type, leave_out: tuple[str, ...]) -> dict[str, tuple[object, object, str]]:
         fields = {field.name: field.default for field in dataclasses.fields(cls) if field.name not in leave_out}
         return {name: (default, field_types(cls)[name], field_help(cls)[name]) for name, default in fields.items()}
 
-    assert described(PretrainArguments) == described(PretrainConfig)
     assert described(DemoArguments, ("json", "seeds")) == described(DemoConfig, ("seeds",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import open_clip
@@ -256,14 +257,15 @@ def test_recipes_are_listed_and_explained(capsys):
 
 
 def test_doctor_agrees_with_its_references(capsys):
+    begin = time.process_time()
     code, text, _ = run(capsys, "doctor", "--self-test", "--json")
+    assert time.process_time() - begin < 30
     report = json.loads(text)
     assert code == 0
     names = {check["name"] for check in report["self_test"]}
     assert {row["operation"] for row in report["operations"] if row["operation"] != "search.topk"} < names
     assert {"search.topk cosine", "search.topk ip", "search.topk l2"} < names
     assert all(check["passed"] for check in report["self_test"])
-    assert sum(check["seconds"] for check in report["self_test"]) < 30
     plain = run(capsys, "doctor")[1]
     assert plain.startswith("ftfast ")
     assert "pip install 'ftfast[" in plain or all(row["version"] for row in report["optional"])

@@ -6,7 +6,7 @@ import pytest
 
 from ftfast.config.aliases import ALIASES
 from ftfast.config.resolve import resolve
-from ftfast.config.schema import TrainConfig
+from ftfast.config.schema import DataConfig, SuiteConfig, TrainConfig
 from ftfast.config.settings import flatten, index_of
 from ftfast.errors import ConfigError
 
@@ -132,6 +132,13 @@ def test_message(text, message, tmp_path, monkeypatch):
         ("data: {templates: ['é {}']}", "data.templates", ("é {}",)),
         ("data: &d {path: x, split_seed: 1}\ngeneric:\n  <<: *d\n  path: y", "generic.path", "y"),
         ("data: &d {path: x, split_seed: 1}\ngeneric:\n  <<: *d\n  path: y", "generic.split_seed", 1),
+        (
+            "data: &a {path: x, split_seed: 1}\ngeneric: &b\n  <<: [{split_seed: 2}, *a]\n  val_fraction: 0.5\n"
+            "eval: {suites: [{name: n, task: zero_shot, data: {<<: *b, path: y}}]}",
+            "eval.suites",
+            (SuiteConfig(name="n", task="zero_shot", data=DataConfig(path="y", split_seed=2, val_fraction=0.5)),),
+        ),
+        ("data: &a\n  <<: {<<: *a}\n  path: x", "data.path", "x"),
         ("", "seed", 0),
         ("# nothing\n", "seed", 0),
     ],
