@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.data.builtin import load_builtin
-from ftfast.data.builtin.augment import Augmentation, augment
+from ftfast.data.builtin.augment import LIGHT, STRONG, Augmentation, augment
 from ftfast.errors import ConfigError, TrainingError
 from ftfast.kernels import clip_loss
 from ftfast.models.tiny import BUILTIN_MODELS, IMAGE_SIZE, TEMPLATES, build_tiny, builtin_model_folder, save_tiny
-from ftfast.pretrain_settings import EPOCHS, PretrainConfig
+from ftfast.pretrain_settings import AUGMENTATION, EPOCHS, PretrainConfig
 from ftfast.tiny_exam import FEW_CLASSES, card_text, evaluate_tiny, measure, own_exam
 
 _BETAS = (0.9, 0.98)
@@ -98,6 +98,11 @@ def _epochs(config: PretrainConfig) -> int:
     return config.epochs or (1 if config.smoke else EPOCHS[config.version])
 
 
+def _strength(config: PretrainConfig) -> Augmentation:
+    chosen = AUGMENTATION[config.version] if config.augmentation == "auto" else config.augmentation
+    return STRONG if chosen == "strong" else LIGHT
+
+
 def _plan(config: PretrainConfig) -> str:
     return f"{_epochs(config)} epochs, batch {config.batch_size}, lr {config.lr:.2e}, seed {config.seed}"
 
@@ -142,7 +147,7 @@ def _step(
 ) -> float:
     """One update: augmented images against their names, each under a random prompt."""
     images, labels = batch
-    pixels = (augment(images, IMAGE_SIZE, Augmentation(), generator) - 0.5) / 0.5
+    pixels = (augment(images, IMAGE_SIZE, _strength(config), generator) - 0.5) / 0.5
     prompts = torch.randint(len(tokens), (len(labels),), generator=generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "amp_bf16"):
         image_features = model.encode_image(pixels.contiguous(memory_format=torch.channels_last))

@@ -8,6 +8,9 @@ from typing import Literal
 EPOCHS = {"v1": 60, "v2": 90}
 """Epochs of the shipped weights, by version."""
 
+AUGMENTATION = {"v1": "light", "v2": "strong"}
+"""Augmentation of the shipped weights, by version."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
@@ -27,6 +30,8 @@ class PretrainConfig:
     """Decoupled weight decay of matrices and filters; token table, norms and biases are left alone."""
     label_smoothing: float = 0.0
     """Weight of the uniform target in the contrastive loss."""
+    augmentation: Literal["auto", "light", "strong"] = "auto"
+    """How much the drawings are distorted; auto: the recipe's (v1 light, v2 strong)."""
     seed: int = 0
     """Seed of initial weights, order and augmentation."""
     threads: int = 0

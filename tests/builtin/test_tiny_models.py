@@ -101,7 +101,9 @@ def test_shipped_configuration_is_that_of_the_code():
 
 
 def test_unknown_builtin_is_refused():
-    with pytest.raises(ModelError, match="'tiny-clip-v3' is not a built-in model. There are: tiny-clip-v1, tiny-clip"):
+    with pytest.raises(
+        ModelError, match=r"^'tiny-clip-v3' is not a built-in model\. There are: tiny-clip-v1, tiny-clip-v2\.$"
+    ):
         builtin_model_folder("tiny-clip-v3")
 
 

@@ -43,6 +43,25 @@ class Augmentation:
     """Share of images with a square, 20 to 50 % of the width, replaced by white."""
 
 
+LIGHT = Augmentation()
+"""For short training."""
+
+STRONG = Augmentation(
+    rotation=15.0,
+    scale=0.22,
+    aspect=0.15,
+    shift=0.15,
+    shear=0.12,
+    color_mix=0.2,
+    brightness=0.32,
+    tint=0.08,
+    grayscale=0.12,
+    outline=0.4,
+    erase=0.25,
+)
+"""For long training: learns more slowly and in the end more."""
+
+
 def augment(images: Tensor, size: int, settings: Augmentation, generator: torch.Generator) -> Tensor:
     """Augment a batch of images with a white background.
 
