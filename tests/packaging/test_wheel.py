@@ -101,9 +101,9 @@ print(json.dumps([files, bool(x.grad.abs().sum() > 0), heavy, nearest.ravel().to
 def test_the_command_is_installed(python, tmp_path):
     command = python.parent / "ftfast"
     assert run(command, "--version", cwd=tmp_path).strip().endswith("0.1.0")
-    assert "infusing" in run(command, "recipes", cwd=tmp_path)
+    assert "usage" in run(command, "-h", cwd=tmp_path).lower()
 
 
 def test_the_launched_script_finds_the_installed_package(python, tmp_path):
     (script,) = python.parents[1].glob("lib/python*/site-packages/ftfast/train.py")
-    assert "usage" in run(python, script, "-h", cwd=tmp_path).lower()
+    assert "recipe: infusing" in run(python, script, "--recipe", "infusing", "--print-config", cwd=tmp_path)
