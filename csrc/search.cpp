@@ -20,6 +20,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr int kPending = 48;             // candidates collected before they are rescored
 constexpr int64_t kQueryBatch = 4096;    // queries whose state is alive at once
 constexpr size_t kBlockBytes = 384 << 10;  // gallery bytes a core works on before it turns to the next queries
+constexpr int64_t kWorkPerThread = int64_t{1} << 24;  // products that are worth a thread
+constexpr int64_t kRoundBytes = int64_t{16} << 20;  // scratch for rows encoded on the way
 constexpr int64_t kScanQueries = 8;      // up to here, without a shadow, a plain scan beats packing panels
 
 bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
@@ -110,6 +112,7 @@ class Search {
   double score(const Query& query, int64_t row, float* scratch) const;
   bool allowed(int64_t query, int64_t row) const;
   void loop(std::vector<Worker>& workers);
+  void pack(std::vector<Chunk>& scratch, int64_t first, int64_t last, int self, int team) const;
   std::vector<Worker> plan() const;
 
   const Matrix& gallery_;
@@ -383,7 +386,9 @@ void Search::work_scan(Worker& worker, int64_t first_row, int64_t rows) {
 // tiles, the rest of them share the gallery.
 std::vector<Search::Worker> Search::plan() const {
   const int64_t tiles = static_cast<int64_t>(tiles_.size());
-  const int threads = std::max(1, options_.threads);
+  // Waking a thread costs more than a small search.
+  const int64_t useful = 1 + count_ * gallery_.rows * gallery_.width / kWorkPerThread;
+  const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(options_.threads, useful)));
   const int groups = static_cast<int>(std::min<int64_t>(threads, scan_ ? 1 : tiles));
   const int parts = threads / groups;
   std::vector<Worker> workers(static_cast<size_t>(groups * parts));
@@ -414,14 +419,51 @@ std::vector<Search::Worker> Search::plan() const {
   return workers;
 }
 
+// Encodes this thread's share of the rows [first, last) into the scratch chunks.
+void Search::pack(std::vector<Chunk>& scratch, int64_t first, int64_t last, int self, int team) const {
+  const int64_t panels = (last - first + kPanel - 1) / kPanel;
+  int64_t begin = first + panels * self / team * kPanel;
+  const int64_t end = std::min(last, first + panels * (self + 1) / team * kPanel);
+  while (begin < end) {
+    const int64_t chunk = (begin - first) / kChunk;
+    const int64_t stop = std::min(end, first + (chunk + 1) * kChunk);
+    shadow_.encode(gallery_, begin, stop, (begin - first) % kChunk, scratch[static_cast<size_t>(chunk)], kernels_);
+    begin = stop;
+  }
+}
+
 void Search::loop(std::vector<Worker>& workers) {
   const int threads = static_cast<int>(workers.size());
-  const int64_t chunks = (gallery_.rows + kChunk - 1) / kChunk;
-  Chunk scratch;
-  if (!ready_ && !scan_) scratch = shadow_.allocate();
+  const bool packing = !ready_ && !scan_;
+  // Without a shadow the threads encode a round of chunks together, then search it: two barriers per round.
+  int64_t chunks_per_round = 1;
+  std::vector<Chunk> scratch;
+  if (packing) {
+    const int64_t chunks = (gallery_.rows + kChunk - 1) / kChunk;
+    const int64_t chunk_bytes = kChunk / kPanel * static_cast<int64_t>(shadow_.panel_bytes());
+    chunks_per_round = std::max<int64_t>(1, std::min(chunks, kRoundBytes / chunk_bytes));
+    for (int64_t c = 0; c < chunks_per_round; ++c) scratch.push_back(shadow_.allocate());
+  }
+  const int64_t round_rows = chunks_per_round * kChunk;
   std::atomic<bool> stop{false};
   std::exception_ptr failure = nullptr;
   auto last_check = std::chrono::steady_clock::now();
+  const auto guarded = [&](const auto& function) {
+    if (stop) return;
+    try {
+      function();
+    } catch (...) {
+#pragma omp critical
+      failure = std::current_exception();
+      stop = true;
+    }
+  };
+  const auto ask = [&] {
+    const auto now = std::chrono::steady_clock::now();
+    if (options_.interrupted == nullptr || now - last_check < std::chrono::milliseconds(30)) return;
+    last_check = now;
+    if (options_.interrupted()) stop = true;
+  };
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #ifdef _OPENMP
@@ -429,50 +471,36 @@ void Search::loop(std::vector<Worker>& workers) {
 #else
     const int team = 1, self = 0;
 #endif
-    for (int64_t c = 0; c < chunks; ++c) {
-      const int64_t first = c * kChunk, rows = std::min(kChunk, gallery_.rows - first);
-      try {
-        if (!ready_ && !scan_ && !stop) {
-          const int64_t panels = (rows + kPanel - 1) / kPanel;
-          const int64_t begin = panels * self / team * kPanel;
-          const int64_t end = std::min(rows, panels * (self + 1) / team * kPanel);
-          shadow_.encode(gallery_, first + begin, first + std::max(begin, end), begin, scratch, kernels_);
-        }
-      } catch (...) {
-#pragma omp critical
-        failure = std::current_exception();
-        stop = true;
-      }
-      if (!ready_ && !scan_) {
+    for (int64_t first = 0; first < gallery_.rows; first += round_rows) {
+      const int64_t last = std::min(gallery_.rows, first + round_rows);
+      if (packing) {
+        guarded([&] { pack(scratch, first, last, self, team); });
 #pragma omp barrier
       }
-      // The team may be smaller than asked for; every worker is still served.
-      for (int w = self; w < threads && !stop; w += team) {
-        try {
-          if (scan_) work_scan(workers[w], first, rows);
-          else work(workers[w], ready_ ? shadow_.chunks[c] : scratch, first, rows);
-        } catch (...) {
-#pragma omp critical
-          failure = std::current_exception();
-          stop = true;
-        }
+      for (int64_t begin = first; begin < last; begin += kChunk) {
+        const int64_t rows = std::min(kChunk, last - begin);
+        // The team may be smaller than asked for; every worker is still served.
+        for (int w = self; w < threads; w += team)
+          guarded([&] {
+            if (scan_) {
+              work_scan(workers[w], begin, rows);
+            } else {
+              const int64_t chunk = (packing ? begin - first : begin) / kChunk;
+              work(workers[w], packing ? scratch[chunk] : shadow_.chunks[chunk], begin, rows);
+            }
+          });
+        if (self == 0) ask();
       }
-      if (self == 0 && options_.interrupted != nullptr) {
-        const auto now = std::chrono::steady_clock::now();
-        if (now - last_check > std::chrono::milliseconds(30)) {
-          last_check = now;
-          if (options_.interrupted()) stop = true;
-        }
-      }
-      if (!ready_ && !scan_) {
+      if (packing) {
 #pragma omp barrier
       }
     }
-    for (int w = self; w < threads && !stop; w += team) {
-      Worker& worker = workers[w];
-      const int64_t begin = worker.tile_begin * width_, end = std::min(count_, worker.tile_end * width_);
-      for (int64_t q = begin; q < end; ++q) flush(worker, q);
-    }
+    for (int w = self; w < threads; w += team)
+      guarded([&] {
+        Worker& worker = workers[w];
+        const int64_t begin = worker.tile_begin * width_, end = std::min(count_, worker.tile_end * width_);
+        for (int64_t q = begin; q < end; ++q) flush(worker, q);
+      });
   }
   if (failure != nullptr) std::rethrow_exception(failure);
   if (stop) throw Stopped{};
