@@ -39,12 +39,14 @@ class Timing:
     """Wall-clock times of one callable over its repeats, in milliseconds.
 
     ``best_ms`` is the minimum, which a busy machine disturbs least; the percentiles show how much it was disturbed.
+    ``cpu_ms`` is the median of the processor time of all threads: other processes' load hardly moves it.
     """
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     best_ms: float
+    cpu_ms: float
     repeats: int
 
     def as_dict(self) -> dict[str, float]:
@@ -52,27 +54,32 @@ class Timing:
         return {name: round(value, 3) for name, value in asdict(self).items()}
 
 
-def summarize(seconds: list[float]) -> Timing:
+Elapsed = tuple[float, float]
+"""Seconds of wall-clock and of processor time."""
+
+
+def summarize(elapsed: Sequence[Elapsed]) -> Timing:
     """Turn raw times into a :class:`Timing`.
 
     Args:
-        seconds: One wall-clock time per repeat, in seconds.
+        elapsed: Wall-clock and processor time of every repeat, in seconds.
 
     Returns:
         Median, 20th and 80th percentile and minimum in milliseconds.
 
     Raises:
-        ValueError: If ``seconds`` is empty.
+        ValueError: If ``elapsed`` is empty.
     """
-    if not seconds:
+    if not elapsed:
         raise ValueError("No times were taken: repeats must be at least 1.")
-    ordered = sorted(1e3 * value for value in seconds)
+    ordered = sorted(1e3 * wall for wall, _ in elapsed)
     last = len(ordered) - 1
     return Timing(
         median_ms=statistics.median(ordered),
         p20_ms=ordered[round(0.2 * last)],
         p80_ms=ordered[round(0.8 * last)],
         best_ms=ordered[0],
+        cpu_ms=1e3 * statistics.median(processor for _, processor in elapsed),
         repeats=len(ordered),
     )
 
@@ -131,7 +138,7 @@ def interleave_stages(
         Name to one :class:`Timing` per stage and, last, that of all stages together.
     """
     names = list(functions)
-    times: dict[str, list[list[float]]] = {name: [] for name in names}
+    times: dict[str, list[list[Elapsed]]] = {name: [] for name in names}
     for _ in range(warmup):
         for name in names:
             time_stages(functions[name], device)
@@ -144,21 +151,25 @@ def interleave_stages(
         if seconds is not None and time.perf_counter() - start > seconds:
             break
     return {
-        name: [*(summarize(list(stage)) for stage in zip(*rounds, strict=True)), summarize(list(map(sum, rounds)))]
+        name: [*(summarize(stage) for stage in zip(*rounds, strict=True)), summarize(list(map(_total, rounds)))]
         for name, rounds in times.items()
     }
 
 
-def time_stages(stages: Sequence[Callable[[Any], object]], device: torch.device | str) -> list[float]:
+def _total(stages: Sequence[Elapsed]) -> Elapsed:
+    return sum(wall for wall, _ in stages), sum(processor for _, processor in stages)
+
+
+def time_stages(stages: Sequence[Callable[[Any], object]], device: torch.device | str) -> list[Elapsed]:
     """Time one call of each stage, synchronising the device between them; return seconds per stage."""
     elapsed = []
     result: object = None
     synchronize(device)
     for stage in stages:
-        start = time.perf_counter()
+        wall, processor = time.perf_counter(), time.process_time()
         result = stage(result)
         synchronize(device)
-        elapsed.append(time.perf_counter() - start)
+        elapsed.append((time.perf_counter() - wall, time.process_time() - processor))
     del result
     return elapsed
 

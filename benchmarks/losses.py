@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def measure_size(
         records.append(record)
         try:
             step(implementation, inputs)  # compiles, tunes, and finds out whether it fits
-            record["peak_bytes"] = harness.peak_memory(lambda i=implementation: step(i, inputs), device)
+            record["peak_bytes"] = harness.peak_memory(partial(step, implementation, inputs), device)
             working[name] = implementation
         except Exception as error:  # another package's failure is a result, not the end of the run
             record["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
@@ -139,12 +140,13 @@ def measure_size(
 
 
 def add_ratios(records: list[dict[str, Any]], baseline: str) -> None:
-    """Add each record's speed-up over the baseline (by medians and by minima) and its share of the memory."""
+    """Add each record's speed-up over the baseline (medians, minima, processor time) and its share of the memory."""
     base = next((record for record in records if record["implementation"] == baseline and "both" in record), None)
     for record in records:
         if base is None or "both" not in record:
             continue
         record["speedup"] = round(base["both"]["median_ms"] / record["both"]["median_ms"], 3)
+        record["speedup_of_cpu_time"] = round(base["both"]["cpu_ms"] / max(1e-9, record["both"]["cpu_ms"]), 3)
         record["speedup_of_best"] = round(base["both"]["best_ms"] / record["both"]["best_ms"], 3)
         record["memory_share"] = round(record["peak_bytes"] / max(1, base["peak_bytes"]), 4)
 
@@ -184,6 +186,7 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
         "backward ms": record["backward"]["median_ms"],
         "both ms": record["both"]["median_ms"],
         "speed-up": record.get("speedup"),
+        "by CPU": record.get("speedup_of_cpu_time"),
         "MiB": record["peak_bytes"] / 2**20,
         "memory": record.get("memory_share"),
         "loss err": record.get("loss_error"),

@@ -46,9 +46,9 @@ def unit_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device, s
 
 
 def pair_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Inputs:
-    """Return image and text features that agree as much as a trained CLIP's, and the scale."""
+    """Return pairs that are hard enough for a loss near 1 (at D = 512, N = 8192), and the scale."""
     image = unit_rows(rows, width, torch.float32, device, 1)
-    text = F.normalize(image + 2 * unit_rows(rows, width, torch.float32, device, 2), dim=1)
+    text = F.normalize(image + 5 * unit_rows(rows, width, torch.float32, device, 2), dim=1)
     leaves = (image.to(dtype), text.to(dtype), torch.tensor(LOGIT_SCALE, device=device))
     return tuple(leaf.requires_grad_() for leaf in leaves)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ftfast import kernels
 from ftfast.errors import ConfigError
 from ftfast.kernels import DistillOptions
+from ftfast.kernels.checks import check_same_rows
 from ftfast.losses.contrastive import ClipLoss
 from ftfast.losses.distributed import check_process_group
 
@@ -73,42 +74,37 @@ class DistillClipLoss(ClipLoss):
             ShapeError: If shapes do not fit or teacher features require grad.
             ConfigError: If ``world_size`` > 1 and torch.distributed is not set up for it.
         """
-        contrastive = self.contrast(image_features, text_features, logit_scale)
+        check_same_rows(image_features=image_features, text_features=text_features)
         student, teacher = (image_features, text_features), (dist_image_features, dist_text_features)
-        distill = self._distill(student, teacher, logit_scale, dist_logit_scale)
+        contrastive, distill = self._both(student, teacher, (logit_scale, dist_logit_scale))
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distill}
         return contrastive, distill
 
-    def _distill(
+    def _both(
         self,
         student: tuple[Tensor, Tensor],
         teacher: tuple[Tensor, Tensor],
-        logit_scale: Tensor | float,
-        teacher_logit_scale: Tensor | float,
-    ) -> Tensor:
-        def divergence(image: Tensor, text: Tensor, other_image: Tensor, other_text: Tensor, directions: str) -> Tensor:
-            return kernels.similarity_distillation_loss(
-                image,
-                text,
-                other_image,
-                other_text,
-                logit_scale,
-                teacher_logit_scale=teacher_logit_scale,
-                options=DistillOptions(kind="soft_cross_entropy", directions=directions),
-                backend=self.backend,
-            )
-
+        scales: tuple[Tensor | float, Tensor | float],
+    ) -> tuple[Tensor, Tensor]:
+        both = kernels.clip_and_distillation_loss
         if self.world_size == 1:
-            return divergence(*student, *teacher, "both")
+            return both(*student, *teacher, *scales, backend=self.backend)
         check_process_group(type(self).__name__, self.rank, self.world_size)
-        everybody = self.gather(student[0]), self.gather(student[1])
-        teachers = self.gather(teacher[0]), self.gather(teacher[1])
+        all_student = self.gather(student[0]), self.gather(student[1])
+        all_teacher = self.gather(teacher[0]), self.gather(teacher[1])
         if not self.local_loss:
-            return divergence(*everybody, *teachers, "both")
-        image_rows = divergence(student[0], everybody[1], teacher[0], teachers[1], "image")
-        text_rows = divergence(student[1], everybody[0], teacher[1], teachers[0], "image")
-        return (image_rows + text_rows) / 2
+            return both(*all_student, *all_teacher, *scales, backend=self.backend)
+        (image, text), (teacher_image, teacher_text) = student, teacher
+        offset = self.rank * len(image)
+        by_image, by_text = (
+            both(*tower, *scales, directions="image", offset=offset, backend=self.backend)
+            for tower in (
+                (image, all_student[1], teacher_image, all_teacher[1]),
+                (text, all_student[0], teacher_text, all_teacher[0]),
+            )
+        )
+        return (by_image[0] + by_text[0]) / 2, (by_image[1] + by_text[1]) / 2
 
 
 class SimilarityDistillLoss(nn.Module):

@@ -171,7 +171,7 @@ def test_context_manager_undoes_after_an_error():
 
 def test_the_command_reaches_the_stock_trainer():
     done = subprocess.run(
-        [sys.executable, "-m", "ftfast.integrations.open_clip", "--help"], capture_output=True, text=True, timeout=180
+        [sys.executable, "-m", "ftfast.integrations.open_clip", "--help"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0
     assert "--gather-with-grad" in done.stdout
