@@ -285,3 +285,46 @@ def test_doctor_notices_a_wrong_kernel(monkeypatch, capsys):
     assert verdicts.pop("siglip_loss") == "ZeroDivisionError: division by zero"
     assert set(verdicts.values()) == {"ok"}
     assert "self-test: 2 of 13 failed" in text
+
+
+def test_search_finds_the_picture_itself(tiny_folder, class_table, tmp_path, capsys):
+    index = tmp_path / "index"
+    common = ("search", "build", class_table, "--model", tiny_folder, "--out", index, "--workers", "0")
+    code, text, _ = run(capsys, *common)
+    assert (code, text) == (0, f'wrote 60 images to {index}\nftfast search query {index} --text "..."\n')
+    code, _, err = run(capsys, *common)
+    assert (code, err) == (
+        2,
+        f"error: --out {index} already exists. Replace it with --overwrite or choose another --out.\n",
+    )
+    picture = class_table.parent / "img" / "007.png"
+    code, text, err = run(
+        capsys, "search", "query", index, "--image", picture, "--text", "a kind", "--k", "2", "--json"
+    )
+    hits = json.loads(text)["hits"]
+    assert code == 0
+    assert [(hit["query"], hit["rank"]) for hit in hits] == [
+        ("a kind", 1),
+        ("a kind", 2),
+        (str(picture), 1),
+        (str(picture), 2),
+    ]
+    assert (hits[2]["image"], hits[2]["name"]) == (7, "thing number 7")
+    assert hits[2]["score"] == pytest.approx(1, abs=1e-5)
+    code, text, err = run(capsys, "search", "query", index, "--image", picture, "--k", "1", "--out", tmp_path / "sheet")
+    assert text.splitlines()[1].split() == [str(picture), "1", "1.0000", "7", "thing", "number", "7"]
+    assert err == f"wrote {tmp_path}/sheet.html and {tmp_path}/sheet.png\n"
+    assert (tmp_path / "sheet.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["search", "find"], "ftfast search does not know 'find'. Use: ftfast search build or ftfast search query."),
+        (["search", "query", "x"], "ftfast search query needs --text WORDS or --image FILE."),
+        (["search", "query", "x", "--text", "a", "--k", "0"], "--k is 0 but must be 1 or more."),
+        (["search", "build", "x"], "ftfast search build needs --out: folder to write."),
+    ],
+)
+def test_wrong_search(words, message, capsys):
+    assert run(capsys, *words) == (2, "", f"error: {message}\n")
