@@ -177,6 +177,9 @@ std::vector<Work> divide(const std::vector<Row>& rows) {
   return work;
 }
 
+// Threads worth waking: below a few chunks of work the wake-up costs more than it saves.
+int useful(int threads, int64_t chunks) { return chunks < 4 ? 1 : threads; }
+
 using Table = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 using Numbers = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
@@ -199,7 +202,10 @@ double reduce(const std::vector<Row>& rows, int threads, Body body) {
   const std::vector<Work> work = divide(rows);
   std::vector<double> parts(work.size(), 0.0);
   const int64_t count = static_cast<int64_t>(work.size());
-#pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
+  int64_t elements = 0;
+  for (const Row& row : rows) elements += row.numel;
+  const int team = useful(threads, elements / kChunk);
+#pragma omp parallel for schedule(dynamic, 4) num_threads(team)
   for (int64_t w = 0; w < count; ++w) parts[w] = body(work[w]);
   double total = 0.0;
   for (double part : parts) total += part;
@@ -236,6 +242,9 @@ void accumulate(const Table& table, double decay, double weight, bool normalize,
   py::gil_scoped_release release;
   const std::vector<Work> work = divide(rows);
   const int64_t count = static_cast<int64_t>(work.size());
+  int64_t elements = 0;
+  for (const Row& row : rows) elements += row.numel;
+  threads = useful(threads, elements / kChunk);
   std::vector<double> scales(rows.size(), weight), parts(work.size(), 0.0);
   if (normalize) {
     std::vector<double> sums(rows.size(), 0.0);
@@ -268,6 +277,7 @@ void per_sample_fisher(intptr_t fisher, intptr_t inputs, intptr_t grads, const T
   py::gil_scoped_release release;
   // Samples at once: their packed inputs (64 columns) should stay in a 1 MB second-level cache.
   const int64_t length = job.inputs.length, block = 2 * loops.columns;
+  if (job.rows * job.columns * job.samples * length < (1 << 22)) threads = 1;
   int64_t together = 2048 / length;
   together = together < 1 ? 1 : (together > job.samples ? job.samples : together);
   const int64_t tiles = (job.rows + loops.rows - 1) / loops.rows, blocks = (job.columns + block - 1) / block;

@@ -98,6 +98,7 @@ class AnchoredAdamW(torch.optim.Optimizer):
         self.anchor_mode: AnchorMode = anchor_mode
         self._segments: dict[Tensor, list[Segment]] = {}
         self._penalties: dict[tuple[int, ...], Tensor] = {}
+        self._carried: dict[Tensor, Tensor] = {}
         self._pulled = False
         if anchor is not None:
             owned = {id(p) for group in self.param_groups for p in group["params"]}
@@ -135,6 +136,9 @@ class AnchoredAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             by_step: dict[int, list[Tensor]] = {}
             for param in group["params"]:
+                carried = self._carried.pop(param, None)
+                if carried is not None:
+                    param.grad = carried if param.grad is None else param.grad.add_(carried)
                 if param.grad is None and not self._is_anchored(param):
                     continue
                 state = self._state_of(param)
@@ -224,6 +228,15 @@ class AnchoredAdamW(torch.optim.Optimizer):
                 precision.fill_(UNSEEN_PRECISION)
             else:
                 precision.copy_(piece.square().div_(mean))
+
+    def carry_gradients(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Add these gradients to ``.grad`` at the next step; for callers whose engine would overwrite them until then.
+
+        Args:
+            params: Parameters or shards of this optimizer.
+            gradients: One gradient each.
+        """
+        self._carried.update(zip(params, gradients, strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the moments, step counts, anchors and importances.

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Segment", "segments_of"]
+if TYPE_CHECKING:
+    from ftfast.weightspace.optimizer import AnchoredAdamW
+
+__all__ = ["Segment", "global_penalty", "observe_replay_gradient", "segments_of"]
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,52 @@ def _fill_gaps(pieces: list[Segment], total: int) -> list[Segment]:
     if position < total or not filled:
         filled.append(Segment(position, total - position, None))
     return filled
+
+
+def global_penalty(optimizer: AnchoredAdamW, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+    """The anchor's penalty over all shards: one scalar all-reduce, for logging.
+
+    Args:
+        optimizer: The optimizer given to ``deepspeed.initialize``.
+        group: Processes that share the shards; default all.
+
+    Returns:
+        0-d float32 tensor, the same on every process.
+    """
+    total = optimizer.anchor_penalty.detach().clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total
+
+
+def observe_replay_gradient(
+    zero: Any, optimizer: AnchoredAdamW, group: torch.distributed.ProcessGroup | None = None
+) -> None:
+    """Set an adaptive anchor's importance from the replay gradient that ZeRO has just reduced onto the shards.
+
+    Each process squares its own shard; per-tensor means need one all-reduce of a vector with one number per anchored
+    parameter. Call it between the backward passes of the replay and of the task loss, both run at an accumulation
+    boundary (``engine.set_gradient_accumulation_boundary(True)``). The replay gradient is taken off the engine (its
+    stages differ in whether a second backward pass adds or overwrites) and joins the task gradient in the optimizer's
+    step; so gradient clipping by the engine does not see it, and float16 loss scaling is not supported.
+
+    Args:
+        zero: ``engine.optimizer``, DeepSpeed's wrapper.
+        optimizer: The :class:`AnchoredAdamW` inside it.
+        group: Processes that share the shards; default all.
+    """
+    shards = getattr(zero, "single_partition_of_fp32_groups", None)
+    if shards is None:
+        shards = zero.fp32_partitioned_groups_flat
+    gradients = []
+    for index, shard in enumerate(shards):
+        pieces = zero.averaged_gradients[index]
+        flat = torch.cat([piece.reshape(-1) for piece in pieces]).float()
+        gradients.append(torch.nn.functional.pad(flat, (0, shard.numel() - flat.numel())))
+        for piece in pieces:
+            piece.zero_()
+
+    def reduce_sums(sums: Tensor) -> None:
+        torch.distributed.all_reduce(sums, group=group)
+
+    optimizer.set_adaptive_precision(shards, gradients, reduce_sums)
+    optimizer.carry_gradients(shards, gradients)
