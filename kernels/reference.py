@@ -151,7 +151,7 @@ def classification_loss_reference(
         moved = torch.where(angle + margin <= torch.pi, torch.cos(angle + margin), cosines - margin * _sin(margin))
         cosines = torch.where(target, moved, cosines)
     elif margin_type == "cosface":
-        cosines = cosines - margin * target
+        cosines = cosines - margin * target.to(cosines.dtype)
     return _cross_entropy(logit_scale * cosines, target, label_smoothing)
 
 

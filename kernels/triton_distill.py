@@ -12,7 +12,16 @@ from torch import Tensor
 
 from .triton_products import superblock_gradients
 from .triton_softmax import HALF_HEADROOM, base_two, power_of_two, rows_contiguous, stripe_rows
-from .triton_tiles import LN_2, LOG2_E, product_tile, tile_lse, tile_lse_mean, tile_position, tile_softmax_sum
+from .triton_tiles import (
+    LN_2,
+    LOG2_E,
+    product_tile,
+    store_tile,
+    tile_lse,
+    tile_lse_mean,
+    tile_position,
+    tile_softmax_sum,
+)
 from .tuning import Tile, capability_of, tiles
 
 FORWARD_KL = tl.constexpr(0)
@@ -26,8 +35,10 @@ TeacherParts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]
 def _teacher_tile(
     x_ptr: tl.tensor,  # (M, E), or (M, N) logits
     y_ptr: tl.tensor,  # (N, E)
-    rows: tl.tensor,
-    cols: tl.tensor,
+    row_start: tl.tensor,
+    col_start: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
     E: tl.tensor,
     x_stride: tl.tensor,
     y_stride: tl.tensor,
@@ -40,10 +51,28 @@ def _teacher_tile(
 ) -> tl.tensor:
     """Return the teacher's unscaled logits of the tile, multiplied or loaded."""
     if LOGITS:
-        return tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :]).to(tl.float32)
+        first_row = tl.minimum(row_start, M - 1)
+        rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_row)
+        cols = tl.minimum(col_start + tl.arange(0, BLOCK_N), N - 1)
+        return tl.load(x_ptr + first_row.to(tl.int64) * x_stride + rows[:, None] * x_stride + cols[None, :]).to(
+            tl.float32
+        )
     else:
         return product_tile(
-            x_ptr, y_ptr, rows, cols, E, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+            x_ptr,
+            y_ptr,
+            row_start,
+            col_start,
+            M,
+            N,
+            E,
+            x_stride,
+            y_stride,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN_K,
+            PRECISION,
         )
 
 
@@ -85,26 +114,26 @@ def _distill_fwd_kernel(
     tiles_m = tl.cdiv(stripe, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    local = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    local = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_start = first_row + tile_m * BLOCK_M
+    col_start = tile_n * BLOCK_N
     rows = first_row + local
-    cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    near_rows = first_row + tl.minimum(local, stripe - 1)
-    near_cols = tl.minimum(cols, N - 1)
+    cols = col_start + tl.arange(0, BLOCK_N)
+    M = first_row + stripe
     s = product_tile(
-        x_ptr, y_ptr, near_rows, near_cols, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        x_ptr, y_ptr, row_start, col_start, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
     t = _teacher_tile(
-        teacher_x_ptr, teacher_y_ptr, near_rows, near_cols, E, teacher_x_stride, teacher_y_stride,
+        teacher_x_ptr, teacher_y_ptr, row_start, col_start, M, N, E, teacher_x_stride, teacher_y_stride,
         LOGITS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_E, PRECISION,
     )  # fmt: skip
     s = s * (tl.load(scale_ptr) * LOG2_E)
     t = t * (tl.load(teacher_scale_ptr) * LOG2_E)
     pair_cols = rows + offset
-    start = first_row + tile_m * BLOCK_M
     mine = (local < stripe) & (pair_cols >= tile_n * BLOCK_N) & (pair_cols < tl.minimum(N, (tile_n + 1) * BLOCK_N))
     if tl.max(mine.to(tl.int32), 0) > 0:
         pair_rows = cols - offset
-        yours = (cols < N) & (pair_rows >= start) & (pair_rows < tl.minimum(first_row + stripe, start + BLOCK_M))
+        yours = (cols < N) & (pair_rows >= row_start) & (pair_rows < tl.minimum(M, row_start + BLOCK_M))
         pairs = tl.where(rows[:, None] + offset == cols[None, :], s * LN_2, 0.0)
         if ROWS:
             tl.store(row_pos_ptr + rows, tl.sum(pairs, 1), mask=mine)
@@ -178,17 +207,17 @@ def _distill_bwd_kernel(
 ) -> None:
     """One tile of G; tiles past the last row or column are written as zeros."""
     tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    local_rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    local_cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    rows = first_row + local_rows
-    cols = first_col + local_cols
+    row_start = first_row + tile_m * BLOCK_M
+    col_start = first_col + tile_n * BLOCK_N
+    rows = row_start + tl.arange(0, BLOCK_M)
+    cols = col_start + tl.arange(0, BLOCK_N)
     near_rows = tl.minimum(rows, M - 1)
     near_cols = tl.minimum(cols, N - 1)
     s = product_tile(
-        x_ptr, y_ptr, near_rows, near_cols, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        x_ptr, y_ptr, row_start, col_start, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
     t = _teacher_tile(
-        teacher_x_ptr, teacher_y_ptr, near_rows, near_cols, E, teacher_x_stride, teacher_y_stride,
+        teacher_x_ptr, teacher_y_ptr, row_start, col_start, M, N, E, teacher_x_stride, teacher_y_stride,
         LOGITS, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_E, PRECISION,
     )  # fmt: skip
     s = s * (tl.load(scale_ptr) * LOG2_E)
@@ -219,7 +248,7 @@ def _distill_bwd_kernel(
     col_pos = tl.load(col_ptr + 5 * N.to(tl.int64) + near_cols)
     g = tl.where(rows[:, None] + offset == cols[None, :], g + (row_pos[:, None] + col_pos[None, :]), g)
     g = tl.where((rows < M)[:, None] & (cols < N)[None, :], g, 0.0)
-    tl.store(g_ptr + local_rows[:, None] * g_stride + local_cols[None, :], g.to(g_ptr.dtype.element_ty))
+    store_tile(g_ptr, g, tile_m, tile_n, g_stride, BLOCK_M, BLOCK_N)
 
 
 def _teacher_arguments(teacher: TeacherParts, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:

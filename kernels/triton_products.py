@@ -44,23 +44,24 @@ def _product_kernel(
     inner = tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if TRANSPOSED:
-        g_ptrs = g_ptr + rows[:, None].to(tl.int64) + inner[None, :].to(tl.int64) * g_stride_in
+        g_at = rows[:, None] + inner[None, :] * g_stride_in
     else:
-        g_ptrs = g_ptr + rows[:, None].to(tl.int64) * g_stride_out + inner[None, :].to(tl.int64)
+        g_at = rows[:, None] * g_stride_out + inner[None, :]
     for start in range(0, K, BLOCK_K):
-        g = tl.load(g_ptrs)
-        source = tl.minimum(start + inner, K - 1).to(tl.int64)
-        y_ptrs = y_ptr + source[:, None] * y_stride + width[None, :]
+        g = tl.load(g_ptr + g_at)
+        y_ptrs = y_ptr + (tl.minimum(inner, K - 1 - start)[:, None] * y_stride + width[None, :])
         if EVEN_D:
             y = tl.load(y_ptrs)
         else:
             y = tl.load(y_ptrs, mask=(width < D)[None, :], other=0.0)
         total = tl.dot(g, y, total, input_precision=PRECISION)
+        y_ptr += BLOCK_K * y_stride
         if TRANSPOSED:
-            g_ptrs += BLOCK_K * g_stride_in
+            g_ptr += BLOCK_K * g_stride_in
         else:
-            g_ptrs += BLOCK_K
-    out_ptrs = out_ptr + rows[:, None].to(tl.int64) * out_stride + width[None, :]
+            g_ptr += BLOCK_K
+    out_ptr += (pid // tiles_d).to(tl.int64) * BLOCK_M * out_stride
+    out_ptrs = out_ptr + (tl.arange(0, BLOCK_M)[:, None] * out_stride + width[None, :])
     inside = (rows < OUT)[:, None] & (width < D)[None, :]
     if ACCUMULATE:
         total += tl.load(out_ptrs, mask=inside, other=0.0)

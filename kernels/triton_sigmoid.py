@@ -13,7 +13,7 @@ from torch import Tensor
 from .relations import Relation
 from .triton_products import superblock_gradients
 from .triton_softmax import HALF_HEADROOM, rows_contiguous
-from .triton_tiles import GROUP, LN_2, LOG2_E, NONE, PAIR, positive_mask, product_tile, tile_position
+from .triton_tiles import GROUP, LN_2, LOG2_E, NONE, PAIR, positive_mask, product_tile, store_tile, tile_position
 from .tuning import Tile, capability_of, tiles
 
 STRIPE_TILES = 64  # rows of tiles per launch when no gradient is wanted
@@ -53,14 +53,14 @@ def _sigmoid_kernel(
 ) -> None:
     """Loss of one tile: Σ softplus(∓(S + bias)); G = σ(S + bias) for negatives, -σ(-S - bias) for positives."""
     tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    local_rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    local_cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    rows = first_row + local_rows
-    cols = first_col + local_cols
+    row_start = first_row + tile_m * BLOCK_M
+    col_start = first_col + tile_n * BLOCK_N
+    rows = row_start + tl.arange(0, BLOCK_M)
+    cols = col_start + tl.arange(0, BLOCK_N)
     near_rows = tl.minimum(rows, M - 1)
     near_cols = tl.minimum(cols, N - 1)
     dots = product_tile(
-        x_ptr, y_ptr, near_rows, near_cols, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+        x_ptr, y_ptr, row_start, col_start, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
     s = dots * (tl.load(scale_ptr) * LOG2_E) + tl.load(bias_ptr) * LOG2_E
     exists = (rows < M)[:, None] & (cols < N)[None, :]
@@ -81,7 +81,7 @@ def _sigmoid_kernel(
     if GRADIENT:
         g = tl.where(s >= 0, 1.0, e) / (1.0 + e) * sign
         tl.store(bias_grad_ptr + tl.program_id(0), tl.sum(tl.sum(g, 1), 0))
-        tl.store(g_ptr + local_rows[:, None] * g_stride + local_cols[None, :], (g * norm).to(g_ptr.dtype.element_ty))
+        store_tile(g_ptr, g * norm, tile_m, tile_n, g_stride, BLOCK_M, BLOCK_N)
 
 
 def forward(

@@ -25,6 +25,7 @@ from .triton_tiles import (
     needs_mask,
     positive_mask,
     product_tile,
+    store_tile,
     tile_lse,
     tile_position,
     tile_softmax_sum,
@@ -65,15 +66,16 @@ def _softmax_fwd_kernel(
 ) -> None:
     """Log-sum-exps and positive sums of one tile of a row stripe."""
     tile_m, tile_n = tile_position(tl.program_id(0), tl.cdiv(stripe, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    start = first_row + tile_m * BLOCK_M
+    dots = product_tile(
+        x_ptr, y_ptr, start, tile_n * BLOCK_N, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+    )
     local = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = (first_row + local).to(tl.int64)
-    cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    rows = first_row + local
+    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     limit = tl.minimum(first_row + stripe, M)
     near_rows = tl.minimum(rows, M - 1)
     near_cols = tl.minimum(cols, N - 1)
-    dots = product_tile(
-        x_ptr, y_ptr, near_rows, near_cols, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
-    )
     scale = tl.load(scale_ptr)
     s = dots * (scale * LOG2_E)
     row_ids = rows
@@ -81,7 +83,7 @@ def _softmax_fwd_kernel(
     if MODE != PAIR:
         row_ids = tl.load(row_ids_ptr + near_rows)
         col_ids = tl.load(col_ids_ptr + near_cols)
-    if needs_mask(first_row + tile_m * BLOCK_M, tile_n * BLOCK_N, limit, N, offset, MODE, BLOCK_M, BLOCK_N):
+    if needs_mask(start, tile_n * BLOCK_N, limit, N, offset, MODE, BLOCK_M, BLOCK_N):
         exists = (rows < limit)[:, None] & (cols < N)[None, :]
         positive = positive_mask(rows, cols, row_ids, col_ids, offset, MODE) & exists
         sums = tl.where(positive, dots * scale, 0.0)
@@ -90,7 +92,6 @@ def _softmax_fwd_kernel(
             mine = (
                 (rows < limit) & (pair_cols >= tile_n * BLOCK_N) & (pair_cols < tl.minimum(N, (tile_n + 1) * BLOCK_N))
             )
-            start = first_row + tile_m * BLOCK_M
             pair_rows = cols - offset
             yours = (cols < N) & (pair_rows >= start) & (pair_rows < tl.minimum(limit, start + BLOCK_M))
             if ROWS:
@@ -155,24 +156,22 @@ def _softmax_bwd_kernel(
 ) -> None:
     """One tile of G; tiles past the last row or column are written as zeros."""
     tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    local_rows = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    local_cols = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    rows = first_row + local_rows
-    cols = first_col + local_cols
+    row_start = first_row + tile_m * BLOCK_M
+    col_start = first_col + tile_n * BLOCK_N
+    dots = product_tile(
+        x_ptr, y_ptr, row_start, col_start, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
+    )
+    rows = row_start + tl.arange(0, BLOCK_M)
+    cols = col_start + tl.arange(0, BLOCK_N)
     near_rows = tl.minimum(rows, M - 1)
     near_cols = tl.minimum(cols, N - 1)
-    dots = product_tile(
-        x_ptr, y_ptr, near_rows, near_cols, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
-    )
     s = dots * (tl.load(scale_ptr) * LOG2_E)
     row_ids = rows
     col_ids = cols
     if MODE != PAIR:
         row_ids = tl.load(row_ids_ptr + near_rows)
         col_ids = tl.load(col_ids_ptr + near_cols)
-    masked = needs_mask(
-        first_row + tile_m * BLOCK_M, first_col + tile_n * BLOCK_N, M, N, offset, MODE, BLOCK_M, BLOCK_N
-    )
+    masked = needs_mask(row_start, col_start, M, N, offset, MODE, BLOCK_M, BLOCK_N)
     if masked:
         s = tl.where(kept_mask(rows, cols, row_ids, col_ids, M, N, offset, MODE), s, float("-inf"))
     row_lse = tl.load(row_lse_ptr + near_rows)
@@ -186,7 +185,7 @@ def _softmax_bwd_kernel(
         row_pos = tl.load(row_pos_ptr + near_rows)
         col_pos = tl.load(col_pos_ptr + near_cols)
         g = tl.where(positive, g + (row_pos[:, None] + col_pos[None, :]), g)
-    tl.store(g_ptr + local_rows[:, None] * g_stride + local_cols[None, :], g.to(g_ptr.dtype.element_ty))
+    store_tile(g_ptr, g, tile_m, tile_n, g_stride, BLOCK_M, BLOCK_N)
 
 
 def rows_contiguous(features: Tensor) -> Tensor:

@@ -36,8 +36,10 @@ def tile_position(pid: tl.tensor, tiles_m: tl.tensor, tiles_n: tl.tensor, GROUP_
 def product_tile(
     x_ptr: tl.tensor,  # (M, D)
     y_ptr: tl.tensor,  # (N, D)
-    rows: tl.tensor,  # (BLOCK_M,) int64, all inside [0, M)
-    cols: tl.tensor,  # (BLOCK_N,) int64, all inside [0, N)
+    row_start: tl.tensor,
+    col_start: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
     D: tl.tensor,
     x_stride: tl.tensor,
     y_stride: tl.tensor,
@@ -47,23 +49,46 @@ def product_tile(
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tl.tensor:
-    """Return the float32 inner products of some rows of X with some rows of Y."""
+    """Return the float32 inner products of BLOCK_M rows of X with BLOCK_N rows of Y; past the end the last row repeats.
+
+    The first element's address is 64-bit and scalar; offsets inside the tile are 32-bit, which halves their registers.
+    """
+    first_row = tl.minimum(row_start, M - 1)
+    first_col = tl.minimum(col_start, N - 1)
+    x_ptr += first_row.to(tl.int64) * x_stride
+    y_ptr += first_col.to(tl.int64) * y_stride
     width = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptr + rows[:, None] * x_stride + width[None, :]
-    y_ptrs = y_ptr + cols[None, :] * y_stride + width[:, None]
+    x_at = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_row)[:, None] * x_stride + width[None, :]
+    y_at = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - first_col)[None, :] * y_stride + width[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         if EVEN_K:
-            x = tl.load(x_ptrs)
-            y = tl.load(y_ptrs)
+            x = tl.load(x_ptr + x_at)
+            y = tl.load(y_ptr + y_at)
         else:
             inside = width < D - start
-            x = tl.load(x_ptrs, mask=inside[None, :], other=0.0)
-            y = tl.load(y_ptrs, mask=inside[:, None], other=0.0)
+            x = tl.load(x_ptr + x_at, mask=inside[None, :], other=0.0)
+            y = tl.load(y_ptr + y_at, mask=inside[:, None], other=0.0)
         total = tl.dot(x, y, total, input_precision=PRECISION)
-        x_ptrs += BLOCK_K
-        y_ptrs += BLOCK_K
+        x_ptr += BLOCK_K
+        y_ptr += BLOCK_K
     return total
+
+
+@triton.jit
+def store_tile(
+    g_ptr: tl.tensor,  # (R, C), fewer than 2^31 elements
+    g: tl.tensor,
+    tile_m: tl.tensor,
+    tile_n: tl.tensor,
+    g_stride: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> None:
+    """Store a whole tile of G into the superblock, in its dtype."""
+    g_ptr += tile_m.to(tl.int64) * BLOCK_M * g_stride + tile_n * BLOCK_N
+    at = tl.arange(0, BLOCK_M)[:, None] * g_stride + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty))
 
 
 @triton.jit
