@@ -152,8 +152,8 @@ license: cc-by-sa-4.0
 
 # {name}
 
-A very small CLIP, pretrained from scratch on drawings by `{command}`. It exists to measure forgetting
-in seconds on a CPU, not to be useful on photographs.
+A very small CLIP, pretrained from scratch on drawings. It exists to measure forgetting in seconds on a CPU, not to be
+useful on photographs. Made by `{command}`.
 
 ```python
 import open_clip

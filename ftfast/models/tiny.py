@@ -118,6 +118,7 @@ def save_tiny(folder: Path, name: str, state: dict[str, Tensor], card_text: str)
     with atomic_folder(Path(folder)) as work:
         (work / CONFIG_NAME).write_text(json.dumps(tiny_config(name), indent=2) + "\n", encoding="utf-8")
         save_file(tensors, work / WEIGHTS_NAME)
+        (work / WEIGHTS_NAME).chmod(0o644)  # safetensors makes it private; the weights are part of a package
         (work / "README.md").write_text(card_text, encoding="utf-8")
     return Path(folder)
 

@@ -140,6 +140,7 @@ def _publish(folder: Path, images: np.ndarray, index: dict[str, object]) -> None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary.chmod(0o755)  # mkdtemp makes it private; several users may share a cache
     except OSError as error:
         raise DataError(
             f"{folder.parent}: cannot write the cache of the built-in data set ({error.strerror}). "
