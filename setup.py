@@ -39,8 +39,8 @@ class BuildExtension(build_ext):
 
     def build_extensions(self) -> None:
         """Sets the flags the compiler accepts and builds all extensions."""
-        compile_flags = ["-std=c++17", "-O3", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-Wall",
-                         "-Wno-maybe-uninitialized", "-g0"]
+        compile_flags = ["-std=c++17", "-O3", "-g0", "-fno-strict-aliasing", "-ffp-contract=off"]
+        compile_flags += ["-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
         link_flags: list[str] = []
         if os.environ.get("FTFAST_SANITIZE") == "1":
             flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
@@ -77,15 +77,17 @@ class BuildExtension(build_ext):
 
     def _build_cuda(self) -> None:
         """Compiles csrc/cuda/topk.cu to one fat binary beside the package, when nvcc is there."""
+        source = ROOT / "csrc" / "cuda" / "topk.cu"
+        base = ROOT if self.inplace else Path(self.build_lib)
+        target = base / "ftfast" / "search" / "topk.fatbin"
+        if not self.inplace and target.parent.is_dir():
+            shutil.copyfile(source, target.with_suffix(".cu"))  # NVRTC compiles it where there is no fat binary
         nvcc = find_nvcc()
         if nvcc is None:
             if os.environ.get("FTFAST_CUDA") == "1":
                 raise SystemExit("FTFAST_CUDA=1 was set, but nvcc was not found in CUDA_HOME or PATH.")
             return
-        source = ROOT / "csrc" / "cuda" / "topk.cu"
-        base = ROOT if self.inplace else Path(self.build_lib)
-        target = base / "ftfast" / "search" / "topk.fatbin"
-        if not source.is_file() or not target.parent.is_dir():
+        if not target.parent.is_dir():
             return
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
         command = [nvcc, "-O3", "-std=c++17", "--fatbin", *codes, str(source), "-o", str(target)]

@@ -254,8 +254,14 @@ class _Batch:
         limit = self.thresholds()
         self.lists.count.zero_()
         arguments = [
-            *(_pointer(scores[:, low:]), ctypes.c_int64(scores.stride(0)), _pointer(reach[low:]), _pointer(self.weight)),
-            *(_pointer(offset[low:]), _pointer(limit), _pointer(mask), ctypes.c_int64(per_query)),
+            *(_pointer(scores[:, low:]), ctypes.c_int64(scores.stride(0)), _pointer(reach[low:])),
+            *(
+                _pointer(self.weight),
+                _pointer(offset[low:]),
+                _pointer(limit),
+                _pointer(mask),
+                ctypes.c_int64(per_query),
+            ),
             *(_pointer(self.exclude), ctypes.c_int(high - low), ctypes.c_int64(first + low), ctypes.c_int(_CAPACITY)),
             *(_pointer(self.lists.count), _pointer(self.lists.candidates)),
         ]

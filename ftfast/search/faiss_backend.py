@@ -1,4 +1,4 @@
-"""Handover to faiss: its flat index as a backend of `topk`, and its approximate indexes for galleries that need them."""
+"""Handover to faiss: its flat index as a backend of `topk`, and its approximate indexes for huge galleries."""
 
 from __future__ import annotations
 

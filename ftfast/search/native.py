@@ -19,7 +19,7 @@ _MAIN_PROCESS = os.getpid()
 
 
 class Certificate(NamedTuple):
-    """How much work the proof needed: pairs whose bound was evaluated, that it could not drop, and rescored in float64."""
+    """Work of one search: pairs whose bound was evaluated, pairs it could not drop, pairs rescored in float64."""
 
     scanned: int
     candidates: int

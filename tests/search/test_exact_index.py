@@ -74,7 +74,7 @@ def test_pads_like_faiss_and_counts_work(data):
 def test_errors(data):
     gallery, _ = data
     index = ExactIndex(24)
-    with pytest.raises(ShapeError, match="x has width 23 but the index has width 24"):
+    with pytest.raises(ShapeError, match=r"x has width 23 but the index has width 24"):
         index.add(gallery[:, :23])
     index.add(gallery)
     with pytest.raises(ShapeError, match=r"x is torch.float16 on cpu, but the index holds torch.float32"):

@@ -144,40 +144,41 @@ def test_dtypes(backend, dtype, metric):
 
 
 ERRORS = [
-    (dict(k=0), "k is 0; it must be at least 1."),
-    (dict(k=6), "k is 6 but the gallery has 5 rows; lower k to at most 5."),
-    (dict(k=2.0), "k is 2.0; it must be an integer."),
-    (dict(metric="dot"), "metric is 'dot'; choose one of cosine, ip, l2."),
-    (dict(backend="gpu"), "backend is 'gpu'; choose one of auto, native, torch, faiss."),
-    (dict(queries=torch.zeros(3, 5)), "queries have width 5 but gallery has width 4."),
-    (dict(queries=torch.zeros(3)), "queries has shape (3,); it must be two-dimensional: (rows, width)."),
+    ({"k": 0}, "k is 0; it must be at least 1."),
+    ({"k": 6}, "k is 6 but the gallery has 5 rows; lower k to at most 5."),
+    ({"k": 2.0}, "k is 2.0; it must be an integer."),
+    ({"metric": "dot"}, "metric is 'dot'; choose one of cosine, ip, l2."),
+    ({"backend": "gpu"}, "backend is 'gpu'; choose one of auto, native, torch, faiss."),
+    ({"queries": torch.zeros(3, 5)}, "queries have width 5 but gallery has width 4."),
+    ({"queries": torch.zeros(3)}, "queries has shape (3,); it must be two-dimensional: (rows, width)."),
     (
-        dict(queries=torch.zeros(0, 4)),
+        {"queries": torch.zeros(0, 4)},
         "queries is empty: shape (0, 4). It needs at least one row and one column.",
     ),
     (
-        dict(gallery=torch.zeros(5, 4, dtype=torch.float64)),
+        {"gallery": torch.zeros(5, 4, dtype=torch.float64)},
         "gallery has dtype torch.float64; use float32, float16, bfloat16 or int8 (convert with .float()).",
     ),
     (
-        dict(gallery=torch.zeros(5, 4, device="meta")),
+        {"gallery": torch.zeros(5, 4, device="meta")},
         "queries are on cpu but gallery is on meta; move one of them.",
     ),
     (
-        dict(gallery=[[1.0]]),
+        {"gallery": [[1.0]]},
         "gallery is a list; pass a numpy array, a torch tensor or an array with DLPack support.",
     ),
     (
-        dict(mask=torch.ones(4, dtype=torch.bool)),
-        "mask has shape (4,) and dtype torch.bool; use bool of (5,) or (3, 5), True where a gallery row may be returned.",
+        {"mask": torch.ones(4, dtype=torch.bool)},
+        "mask has shape (4,) and dtype torch.bool; use bool of (5,) or (3, 5), "
+        "True where a gallery row may be returned.",
     ),
     (
-        dict(exclude_self=True),
+        {"exclude_self": True},
         "exclude_self=True needs queries and gallery to be the same rows, but there are 3 queries and 5 gallery rows; "
         "pass the gallery row of each query as an int64 array instead.",
     ),
     (
-        dict(exclude_self=torch.tensor([0, 1, 5])),
+        {"exclude_self": torch.tensor([0, 1, 5])},
         "exclude_self names a row outside the gallery: allowed are -1 (none) to 4.",
     ),
 ]
@@ -185,7 +186,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("change", "message"), ERRORS)
 def test_errors_say_what_was_wrong(change, message):
-    arguments = dict(queries=torch.zeros(3, 4), gallery=torch.zeros(5, 4), k=2) | change
+    arguments = {"queries": torch.zeros(3, 4), "gallery": torch.zeros(5, 4), "k": 2} | change
     with pytest.raises(ShapeError) as caught:
         topk(**arguments)
     assert str(caught.value) == message

@@ -127,15 +127,16 @@ def attacks():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("name", "queries", "gallery"), [pytest.param(*a, id=a[0].replace(" ", "-")) for a in attacks()])
-def test_adversarial_vectors(name, queries, gallery, metric):
+@pytest.mark.parametrize("attack", [pytest.param(a, id=a[0].replace(" ", "-")) for a in attacks()])
+def test_adversarial_vectors(attack, metric):
+    _, queries, gallery = attack
     for k in (1, 10, 100):
         check_all_paths(queries, gallery, k, metric)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_bound_is_needed_and_sufficient(mode):
-    """Without the residual term the copy alone would give a wrong answer on this gallery; with it the answer is right."""
+    """An int8 copy alone would give a wrong answer on this gallery; with the residual term the answer is right."""
     rng = np.random.default_rng(11)
     base = rng.standard_normal(256).astype("f4")
     gallery = np.stack([base + np.float32(1e-3) * rng.standard_normal(256).astype("f4") for _ in range(3000)])

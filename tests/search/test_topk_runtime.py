@@ -18,9 +18,9 @@ import torch
 
 from ftfast.errors import ShapeError
 from ftfast.search import describe, topk
-from ftfast.search.arrays import to_tensor
+from ftfast.search.arrays import Problem, to_tensor
 from ftfast.search.native import extension
-from ftfast.search.operator import topk_op
+from ftfast.search.operator import solve, topk_op
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,9 +116,8 @@ def test_control_c_stops_a_search():
             print("stopped after", time.perf_counter() - start)
         print(topk(q[:1], x[:100], 1)[1].shape)
     """
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=200, cwd=ROOT, check=False
-    )
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT, check=False)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout.split("stopped after")[1].split()[0]) < 5.0
     assert "torch.Size([1, 1])" in result.stdout
@@ -162,9 +161,8 @@ def test_selection_memory_does_not_grow_with_the_gallery():
     """
     grown = []
     for rows in (20000, 160000):
-        result = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code), str(rows)], capture_output=True, text=True, cwd=ROOT, check=True
-        )
+        command = [sys.executable, "-c", textwrap.dedent(code), str(rows)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         grown.append(int(result.stdout) / 1024)
     assert max(grown) < 60  # MB; the score matrices would be 320 MB and 2560 MB
     assert grown[1] < grown[0] + 10
@@ -206,7 +204,7 @@ def test_shards_over_three_processes():
     command = [sys.executable, "-c", textwrap.dedent(SHARDED)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     workers = [
-        subprocess.Popen([*command, str(rank), port], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=ROOT)
+        subprocess.Popen([*command, str(rank), port], stdout=-1, stderr=-1, env=environment, cwd=ROOT)
         for rank in range(3)
     ]
     try:
@@ -222,8 +220,6 @@ def test_shards_over_three_processes():
 def test_native_is_for_the_cpu():
     if extension() is None:
         pytest.fail("the extension is not built; run: python setup.py build_ext --inplace")
+    problem = Problem(torch.zeros(1, 1, device="meta"), torch.zeros(1, 1, device="meta"), 1, "ip")
     with pytest.raises(ShapeError, match="backend 'native' searches CPU and CUDA arrays, but queries are on meta"):
-        from ftfast.search.arrays import Problem
-        from ftfast.search.operator import solve
-
-        solve(Problem(torch.zeros(1, 1, device="meta"), torch.zeros(1, 1, device="meta"), 1, "ip"), "native")
+        solve(problem, "native")
