@@ -77,7 +77,7 @@ def argument_types(kernel: Any, dtype: str) -> dict[str, str]:
         if parameter.is_constexpr:
             continue
         if name.endswith("ids_ptr"):
-            types[name] = "*i64"
+            types[name] = "*i32"
         elif name.endswith("_ptr"):
             types[name] = f"*{dtype if name in features else 'fp32'}"
         else:

@@ -99,7 +99,8 @@ def _forward(
         from . import triton_distill
 
         teacher_parts = (teacher_x, teacher_y, teacher_logits, teacher_scale)
-        return triton_distill.forward(x, y, scale, teacher_parts, kind, offset, rows, columns)
+        parts = triton_distill.forward(x, y, scale, teacher_parts, kind, offset, rows, columns)
+        return parts  # type: ignore[return-value]
     teacher = torch_distill.Teacher(teacher_x, teacher_y, teacher_logits, teacher_scale, x)
     return torch_distill.forward(x, y, scale, teacher, kind, offset, rows, columns)  # type: ignore[return-value]
 

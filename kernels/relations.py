@@ -78,6 +78,21 @@ def positive_counts(relation: Relation, rows: int, columns: int, device: torch.d
     return row_counts, col_counts
 
 
+def dense_ids(relation: Relation) -> tuple[Tensor, Tensor] | None:
+    """Renumber arbitrary int64 ids as int32 ranks with the same equalities, without a device synchronisation.
+
+    Returns:
+        (M,) and (N,) int32, or None if the relation has no ids.
+    """
+    if relation.row_ids is None or relation.col_ids is None:
+        return None
+    joined = torch.cat([relation.row_ids, relation.col_ids])
+    ordered, order = joined.sort(stable=True)
+    ranks = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).cumsum(0)])
+    dense = torch.zeros_like(joined).scatter_(0, order, ranks).to(torch.int32)
+    return dense[: len(relation.row_ids)].contiguous(), dense[len(relation.row_ids) :].contiguous()
+
+
 def _count(queries: Tensor, keys: Tensor) -> Tensor:
     ordered = keys.sort().values
     return torch.searchsorted(ordered, queries, right=True) - torch.searchsorted(ordered, queries)

@@ -10,10 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .relations import Relation
+from .relations import Relation, dense_ids
 from .triton_products import superblock_gradients
 from .triton_softmax import HALF_HEADROOM, rows_contiguous
-from .triton_tiles import GROUP, LN_2, LOG2_E, NONE, PAIR, positive_mask, product_tile, store_tile, tile_position
+from .triton_tiles import (
+    GROUP,
+    LN_2,
+    LOG2_E,
+    NONE,
+    PAIR,
+    needs_mask,
+    positive_mask,
+    product_tile,
+    store_tile,
+    tile_position,
+)
 from .tuning import Tile, capability_of, tiles
 
 STRIPE_TILES = 64  # rows of tiles per launch when no gradient is wanted
@@ -25,8 +36,8 @@ def _sigmoid_kernel(
     y_ptr: tl.tensor,  # (N, D)
     scale_ptr: tl.tensor,  # () float32
     bias_ptr: tl.tensor,  # () float32
-    row_ids_ptr: tl.tensor,  # (M,) int64
-    col_ids_ptr: tl.tensor,  # (N,) int64
+    row_ids_ptr: tl.tensor,  # (M,) int32
+    col_ids_ptr: tl.tensor,  # (N,) int32
     g_ptr: tl.tensor,  # (R, C) superblock
     loss_ptr: tl.tensor,  # (programs,) float32
     bias_grad_ptr: tl.tensor,  # (programs,) float32
@@ -63,25 +74,27 @@ def _sigmoid_kernel(
         x_ptr, y_ptr, row_start, col_start, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
     s = dots * (tl.load(scale_ptr) * LOG2_E) + tl.load(bias_ptr) * LOG2_E
-    exists = (rows < M)[:, None] & (cols < N)[None, :]
-    sign = tl.full((BLOCK_M, BLOCK_N), 1.0, dtype=tl.float32)
-    if MODE != NONE:
-        row_ids = rows
-        col_ids = cols
-        if MODE == GROUP:
-            row_ids = tl.load(row_ids_ptr + near_rows)
-            col_ids = tl.load(col_ids_ptr + near_cols)
-        sign = tl.where(positive_mask(rows, cols, row_ids, col_ids, offset, MODE), -1.0, 1.0)
-    s = tl.where(exists, s * sign, float("-inf"))
+    row_ids = rows
+    col_ids = cols
+    if MODE == GROUP:
+        row_ids = tl.load(row_ids_ptr + near_rows)
+        col_ids = tl.load(col_ids_ptr + near_cols)
+    masked = needs_mask(row_start, col_start, M, N, offset, MODE, BLOCK_M, BLOCK_N)
+    if masked:
+        if MODE != NONE:
+            s = tl.where(positive_mask(rows, cols, row_ids, col_ids, offset, MODE), -s, s)
+        s = tl.where((rows < M)[:, None] & (cols < N)[None, :], s, float("-inf"))
     # softplus(s) = max(s, 0) + log(1 + exp(-|s|)), with log(1 + e) = e for small e, where 1 + e would lose it
     e = tl.exp2(-tl.abs(s))
     log_term = tl.where(e < 2e-4, e * (1.0 - 0.5 * e), tl.log2(1.0 + e) * LN_2)
     loss = tl.maximum(s, 0.0) * LN_2 + log_term
     tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
     if GRADIENT:
-        g = tl.where(s >= 0, 1.0, e) / (1.0 + e) * sign
+        g = tl.where(s >= 0, norm, e * norm) / (1.0 + e)
+        if masked and MODE != NONE:
+            g = tl.where(positive_mask(rows, cols, row_ids, col_ids, offset, MODE), -g, g)
         tl.store(bias_grad_ptr + tl.program_id(0), tl.sum(tl.sum(g, 1), 0))
-        store_tile(g_ptr, g * norm, tile_m, tile_n, g_stride, BLOCK_M, BLOCK_N)
+        store_tile(g_ptr, g, tile_m, tile_n, g_stride, BLOCK_M, BLOCK_N)
 
 
 def forward(
@@ -95,16 +108,17 @@ def forward(
     x, y = rows_contiguous(x), rows_contiguous(y)
     tile = tiles(x.dtype, capability_of(x.device))[0]
     scalars = (scale.to(torch.float32), bias.to(torch.float32))
+    ids = (None if relation is None else dense_ids(relation)) or (x, y)  # without ids the pointers are not read
     norm = HALF_HEADROOM if x.dtype == torch.float16 else 1.0
     losses: list[Tensor] = []
     bias_grads: list[Tensor] = []
 
     def launch(workspace: Tensor, rows: slice, cols: slice, grid: tuple[int, int]) -> None:
         parts = torch.empty((2, grid[0] * grid[1]), dtype=torch.float32, device=x.device)
-        _launch_sigmoid(x, y, scalars, relation, workspace, parts, norm, (rows, cols), grid, tile, any(need))
+        _launch_sigmoid(x, y, scalars, relation, ids, workspace, parts, norm, (rows, cols), grid, tile, any(need))
         losses.append(parts[0].sum(dtype=torch.float64))
         if any(need):
-            bias_grads.append(parts[1].sum(dtype=torch.float64))
+            bias_grads.append(parts[1].sum(dtype=torch.float64) / norm)
 
     empty = torch.zeros((), dtype=torch.float32, device=x.device)
     if not any(need):
@@ -125,6 +139,7 @@ def _launch_sigmoid(
     y: Tensor,
     scalars: tuple[Tensor, Tensor],
     relation: Relation | None,
+    ids: tuple[Tensor, Tensor],
     workspace: Tensor,
     parts: Tensor,
     norm: float,
@@ -138,8 +153,7 @@ def _launch_sigmoid(
         x,
         y,
         *scalars,
-        x if relation is None or relation.row_ids is None else relation.row_ids,
-        y if relation is None or relation.col_ids is None else relation.col_ids,
+        *ids,
         workspace,
         parts[0],
         parts[1],

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .relations import MODES, Relation
+from .relations import MODES, Relation, dense_ids
 from .triton_products import superblock_gradients
 from .triton_tiles import (
     LN_2,
@@ -40,8 +40,8 @@ def _softmax_fwd_kernel(
     x_ptr: tl.tensor,  # (M, D)
     y_ptr: tl.tensor,  # (N, D)
     scale_ptr: tl.tensor,  # () float32
-    row_ids_ptr: tl.tensor,  # (M,) int64
-    col_ids_ptr: tl.tensor,  # (N,) int64
+    row_ids_ptr: tl.tensor,  # (M,) int32
+    col_ids_ptr: tl.tensor,  # (N,) int32
     row_lse_ptr: tl.tensor,  # (tiles_n, stripe) float32, natural units
     col_lse_ptr: tl.tensor,  # (tiles_m, N)
     row_pos_ptr: tl.tensor,  # (M,) by diagonal, else (tiles_n, stripe)
@@ -124,8 +124,8 @@ def _softmax_bwd_kernel(
     x_ptr: tl.tensor,  # (M, D)
     y_ptr: tl.tensor,  # (N, D)
     scale_ptr: tl.tensor,  # () float32
-    row_ids_ptr: tl.tensor,  # (M,) int64
-    col_ids_ptr: tl.tensor,  # (N,) int64
+    row_ids_ptr: tl.tensor,  # (M,) int32
+    col_ids_ptr: tl.tensor,  # (N,) int32
     row_lse_ptr: tl.tensor,  # (M,) float32, base 2, finite
     col_lse_ptr: tl.tensor,  # (N,)
     row_weight_ptr: tl.tensor,  # (M,) gradients of row_lse, normalised
@@ -222,7 +222,7 @@ def forward(
     row_part, col_part = make(tiles_n, stripe if rows else 0), make(tiles_m, n if columns else 0)
     row_sums = row_positive if by_diagonal else torch.zeros_like(row_part)
     col_sums = col_positive if by_diagonal else torch.zeros_like(col_part)
-    wide_scale = scale.to(torch.float32)
+    wide_scale, ids = scale.to(torch.float32), dense_ids(relation) or (x, y)  # without ids the pointers are not read
     for first in range(0, m, stripe):
         count = min(stripe, m - first)
         used = triton.cdiv(count, tile.m)
@@ -230,8 +230,7 @@ def forward(
             x,
             y,
             wide_scale,
-            x if relation.row_ids is None else relation.row_ids,
-            y if relation.col_ids is None else relation.col_ids,
+            *ids,
             row_part,
             col_part,
             row_sums,
@@ -315,7 +314,7 @@ def backward(
     vectors = [
         torch.zeros(size, device=x.device) if v is None else base_two(v) for v, size in zip(lse, (m, n), strict=True)
     ]
-    wide_scale = scale.to(torch.float32)
+    wide_scale, ids = scale.to(torch.float32), dense_ids(relation) or (x, y)  # without ids the pointers are not read
     options = launch_options(relation.mode, rows, columns or not rows, tile, width)
 
     def launch(workspace: Tensor, row_part: slice, col_part: slice, grid: tuple[int, int]) -> None:
@@ -323,8 +322,7 @@ def backward(
             x,
             y,
             wide_scale,
-            x if relation.row_ids is None else relation.row_ids,
-            y if relation.col_ids is None else relation.col_ids,
+            *ids,
             *vectors,
             weights[0],
             weights[2],

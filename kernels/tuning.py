@@ -29,7 +29,7 @@ class Tile:
 # (similarity tile, two-matrix tile, product tile) by dtype size and compute capability
 _HALF = {
     80: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3)),
-    90: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
+    90: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
     100: (Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
 }
 _SINGLE = (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2), Tile(64, 64, 16, 8, 2))

@@ -59,7 +59,8 @@ def test_tiny_batches_and_duplicates_are_finite(rows: int) -> None:
 def test_logits_of_ten_thousand_are_finite() -> None:
     x, y = 10 * unit(19, 8, 1), 10 * unit(19, 8, 2)
     inputs = [x, y, torch.tensor(100.0)]
-    assert_no_worse_than_torch(triton(clip_loss), dense(clip_loss), inputs, slack=1e-5)
+    # A float32 logit of 10^4 is rounded by up to 5e-4, twice here, and a probability by as much relatively.
+    assert_no_worse_than_torch(triton(clip_loss), dense(clip_loss), inputs, slack=1e-3)
 
 
 def test_runs_repeat_bit_for_bit_and_strides_do_not_matter(small_pieces: None) -> None:
