@@ -1,7 +1,7 @@
 """Builds the search extension with AddressSanitizer and UBSan and runs pytest on it.
 
-``python csrc/check_sanitized.py [ARGUMENTS]``: arguments go to pytest; without any, all search tests that use the extension in this process run. Leak detection is off:
-the interpreter itself keeps memory until it ends.
+``python csrc/check_sanitized.py [ARGUMENTS]``: arguments go to pytest; without any, all search tests that use the
+extension in this process run. Leak detection is off: the interpreter itself keeps memory until it ends.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_errors(data):
         index.add(gallery.astype(np.float16))
     with pytest.raises(ShapeError, match="k is 0; it must be at least 1"):
         index.search(gallery, 0)
-    with pytest.raises(ShapeError, match="k is 1.5; it must be an integer"):
+    with pytest.raises(ShapeError, match=r"k is 1\.5; it must be an integer"):
         index.search(gallery, 1.5)
     with pytest.raises(ShapeError, match="key is 700, but the index has 700 rows"):
         index.reconstruct(700)
