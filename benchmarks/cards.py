@@ -50,9 +50,10 @@ def shipped() -> Iterator[Card]:
     modes |= {"self": (3, True, False), "rivals": (4, True, True), "pair rows": (0, True, False)}
     for name, (mode, rows, columns) in modes.items():
         for kernel in ("triton_softmax._softmax_fwd_kernel", "triton_softmax._softmax_bwd_kernel"):
-            yield Card(kernel, name, "bf16", 0, {"MODE": mode, "ROWS": rows, "COLS": columns})
+            heavy = "bwd" in kernel and name in ("group", "rivals")
+            yield Card(kernel, name, "bf16", int(heavy), {"MODE": mode, "ROWS": rows, "COLS": columns})
     for name, mode, gradient in (("pair", 0, True), ("group", 2, True), ("negatives", 5, True), ("value", 0, False)):
-        yield Card("triton_sigmoid._sigmoid_kernel", name, "bf16", 0, {"MODE": mode, "GRADIENT": gradient})
+        yield Card("triton_sigmoid._sigmoid_kernel", name, "bf16", 1, {"MODE": mode, "GRADIENT": gradient})
     for name, kind, logits in (("forward", 0, False), ("soft", 1, False), ("reverse", 2, False), ("logits", 0, True)):
         for kernel in ("triton_distill._distill_fwd_kernel", "triton_distill._distill_bwd_kernel"):
             yield Card(kernel, name, "bf16", 1, {"KIND": kind, "LOGITS": logits, "ROWS": True, "COLS": True})

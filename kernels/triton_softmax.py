@@ -302,7 +302,8 @@ def backward(
     x, y = rows_contiguous(x), rows_contiguous(y)
     (m, width), n = x.shape, y.shape[0]
     rows, columns = lse[0] is not None, lse[1] is not None
-    tile = tiles(x.dtype, capability_of(x.device))[0]
+    # Masks by id need registers of their own: those modes take the smaller tile.
+    tile = tiles(x.dtype, capability_of(x.device))[1 if relation.mode in ("group", "rivals") else 0]
     sizes = (m, m, n, n)
     filled = [
         torch.zeros(size, device=x.device) if g is None else g.float() for g, size in zip(grads, sizes, strict=True)

@@ -26,7 +26,7 @@ class Tile:
     group: int = 8
 
 
-# (similarity tile, two-matrix tile, product tile) by dtype size and compute capability
+# (similarity tile, smaller tile for epilogues that need more registers, product tile) by compute capability
 _HALF = {
     80: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3)),
     90: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
@@ -37,7 +37,7 @@ _INTERPRETER = (Tile(16, 32, 16, 1, 1), Tile(16, 32, 16, 1, 1), Tile(16, 32, 16,
 
 
 def tiles(dtype: torch.dtype, capability: int | None) -> tuple[Tile, Tile, Tile]:
-    """Return the similarity, two-matrix and product tiles.
+    """Return the similarity tile, the smaller one for heavier epilogues, and the product tile.
 
     Args:
         dtype: Of the features.
