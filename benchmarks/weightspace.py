@@ -23,7 +23,7 @@ COLUMNS = ["case", "method", "median_ms", "best_ms", "gb_per_s", "of_bandwidth",
 Table = dict[str, Callable[[], Any]]
 
 
-def shapes_of(parameters: int, width: int = 1024) -> list[tuple[int, ...]]:
+def shapes_of(parameters: float, width: int = 1024) -> list[tuple[int, ...]]:
     """Shapes of a transformer of about this many parameters: matrices, and many small vectors between them."""
     block: list[tuple[int, ...]] = [
         (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,),
@@ -84,11 +84,11 @@ def step_cases(shapes: list[tuple[int, ...]], device: str) -> tuple[Table, int]:
     hyper = AdamWHyper(lr=1e-5, step=3)
     anchors = Anchors(starts, fishers, [0.5] * len(shapes))
     twins = []
-    for kwargs in ({"fused": True}, {"foreach": True}):
+    for fused in (True, False):
         params = [nn.Parameter(t) for t in make_list(shapes, 0, device)]
         for p in params:
             p.grad = torch.full_like(p, 0.1)
-        twins.append((params, torch.optim.AdamW(params, lr=1e-5, **kwargs)))
+        twins.append((params, torch.optim.AdamW(params, lr=1e-5, fused=fused, foreach=not fused)))
 
     def with_autograd() -> None:
         params, optimizer = twins[0]

@@ -53,9 +53,9 @@ def accumulate_fisher_(
             if name[0] == "cpp":
                 weight_cpu.accumulate(some, decay, weight, normalize)
             elif name[0] == "triton":
-                from ftfast.kernels import weight_triton
+                from ftfast.kernels import fisher_triton
 
-                weight_triton.accumulate(some, decay, weight, normalize)
+                fisher_triton.accumulate(some, decay, weight, normalize)
             else:
                 for row in some:
                     _accumulate_torch(row[0], row[1], decay, weight, normalize)

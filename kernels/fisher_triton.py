@@ -1,16 +1,92 @@
-"""Triton kernel of the exact per-sample Fisher of a linear layer."""
+"""Triton kernels of the Fisher: accumulation over lists of tensors, and the per-sample Fisher of a linear layer."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from ftfast.kernels.dispatch import interpreting
+from ftfast.kernels.weight_triton import (
+    BLOCK,
+    CHUNK,
+    DTYPES,
+    NUM_WARPS,
+    Row,
+    _device_of,
+    _dtype,
+    _load,
+    _pointer,
+    _store,
+    _tables,
+)
 from torch import Tensor
 
-__all__ = ["per_sample_fisher", "per_sample_fisher_kernel", "tile_of"]
+__all__ = ["accumulate", "per_sample_fisher", "per_sample_fisher_kernel", "tile_of"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+@triton.jit
+def square_sum_kernel(
+    table: tl.tensor,
+    chunk_rows: tl.tensor,
+    chunk_numbers: tl.tensor,
+    partials: tl.tensor,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """``partials[p] = sum g^2`` over one chunk."""
+    program = tl.program_id(0)
+    begin = tl.load(chunk_numbers + program).to(tl.int64) * CHUNK
+    table += tl.load(chunk_rows + program).to(tl.int64) * 8
+    left = tl.minimum(tl.load(table + 6) - begin, CHUNK)
+    whole = left // BLOCK * BLOCK
+    grad = _pointer(table, 1, GRAD, ALIGNED) + begin
+    lanes = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for step in range(0, whole, BLOCK):
+        value = tl.load(grad + step + lanes).to(tl.float32)
+        total += value * value
+    tail = _load(grad + whole + lanes, whole + lanes < left, True)
+    tl.store(partials + program, tl.sum(total + tail * tail, 0))
+
+
+@triton.jit
+def accumulate_fisher_kernel(
+    table: tl.tensor,
+    scales: tl.tensor,
+    chunk_rows: tl.tensor,
+    chunk_numbers: tl.tensor,
+    decay: tl.tensor,
+    THETA: tl.constexpr,
+    GRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """``F <- decay F + scale_row g^2`` on one chunk; F sits in column 0, g in column 1 of the table."""
+    program = tl.program_id(0)
+    row = tl.load(chunk_rows + program).to(tl.int64)
+    begin = tl.load(chunk_numbers + program).to(tl.int64) * CHUNK
+    table += row * 8
+    left = tl.minimum(tl.load(table + 6) - begin, CHUNK)
+    whole = left // BLOCK * BLOCK
+    scale = tl.load(scales + row)
+    fisher = _pointer(table, 0, THETA, ALIGNED) + begin
+    grad = _pointer(table, 1, GRAD, ALIGNED) + begin
+    lanes = tl.arange(0, BLOCK)
+    for step in range(0, whole, BLOCK):
+        index = step + lanes
+        value = tl.load(grad + index).to(tl.float32)
+        _store(
+            fisher + index, decay * tl.load(fisher + index).to(tl.float32) + scale * value * value, index < left, False
+        )
+    index = whole + lanes
+    mask = index < left
+    value = _load(grad + index, mask, True)
+    _store(fisher + index, decay * _load(fisher + index, mask, True) + scale * value * value, mask, True)
 
 
 @triton.jit
@@ -101,3 +177,29 @@ def per_sample_fisher(fisher: Tensor, inputs: Tensor, grads: Tensor, weight: flo
         PRECISION="ieee" if inputs.dtype == torch.float32 else "tf32", **launch,
     )  # fmt: skip
     return True
+
+
+def accumulate(rows: Sequence[Row], decay: float, weight: float, normalize: bool) -> None:
+    """``F <- decay F + weight g^2`` over rows (F, g, ...) that share one signature.
+
+    Args:
+        rows: At least one row.
+        decay: Factor on F.
+        weight: Factor on the squares.
+        normalize: Divide each row's squares by their mean.
+    """
+    device = _device_of(rows)
+    table, chunk_rows, chunks, aligned = _tables(rows, device)
+    if len(chunks) == 0:
+        return
+    scales = torch.full((len(rows),), weight, dtype=torch.float32, device=device)
+    grid, common = (len(chunks),), {"ALIGNED": aligned, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
+    if normalize:
+        partials = torch.empty(len(chunks), dtype=torch.float32, device=device)
+        square_sum_kernel[grid](table, chunk_rows, chunks, partials, GRAD=_dtype(rows[0], 1), **common)
+        # A sum per row in a fixed order: chunks of one row are neighbours.
+        sums = torch.segment_reduce(partials, "sum", lengths=torch.bincount(chunk_rows.long(), minlength=len(rows)))
+        scales = torch.where(sums > 0, weight * table[:, 6] / sums, torch.zeros_like(sums))
+    accumulate_fisher_kernel[grid](
+        table, scales, chunk_rows, chunks, decay, THETA=_dtype(rows[0], 0), GRAD=_dtype(rows[0], 1), **common
+    )

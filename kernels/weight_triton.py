@@ -16,7 +16,7 @@ import triton.language as tl
 from ftfast.kernels.dispatch import interpreting
 from torch import Tensor
 
-__all__ = ["accumulate", "adamw", "penalty", "signature_of"]
+__all__ = ["adamw", "penalty", "signature_of"]
 
 CHUNK = 65536  # elements per program: 2.5 G parameters make 39 k programs
 BLOCK = 1024
@@ -37,9 +37,7 @@ def _pointer(table: tl.tensor, column: tl.constexpr, element: tl.constexpr, ALIG
 @triton.jit
 def _load(pointer: tl.tensor, mask: tl.tensor, MASKED: tl.constexpr) -> tl.tensor:
     """Load as float32; whole blocks carry no mask, because a mask with a ragged end forbids vector loads."""
-    if MASKED:
-        return tl.load(pointer, mask, 0.0).to(tl.float32)
-    return tl.load(pointer).to(tl.float32)
+    return (tl.load(pointer, mask, 0.0) if MASKED else tl.load(pointer)).to(tl.float32)
 
 
 @triton.jit
@@ -218,69 +216,6 @@ def adamw_anchored_kernel(
     tl.store(partials + program, 0.5 * tl.sum(total, 0))
 
 
-@triton.jit
-def square_sum_kernel(
-    table: tl.tensor,
-    chunk_rows: tl.tensor,
-    chunk_numbers: tl.tensor,
-    partials: tl.tensor,
-    GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """``partials[p] = sum g^2`` over one chunk."""
-    program = tl.program_id(0)
-    begin = tl.load(chunk_numbers + program).to(tl.int64) * CHUNK
-    table += tl.load(chunk_rows + program).to(tl.int64) * 8
-    left = tl.minimum(tl.load(table + 6) - begin, CHUNK)
-    whole = left // BLOCK * BLOCK
-    grad = _pointer(table, 1, GRAD, ALIGNED) + begin
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for step in range(0, whole, BLOCK):
-        value = tl.load(grad + step + lanes).to(tl.float32)
-        total += value * value
-    tail = _load(grad + whole + lanes, whole + lanes < left, True)
-    tl.store(partials + program, tl.sum(total + tail * tail, 0))
-
-
-@triton.jit
-def accumulate_fisher_kernel(
-    table: tl.tensor,
-    scales: tl.tensor,
-    chunk_rows: tl.tensor,
-    chunk_numbers: tl.tensor,
-    decay: tl.tensor,
-    THETA: tl.constexpr,
-    GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """``F <- decay F + scale_row g^2`` on one chunk; F sits in column 0, g in column 1 of the table."""
-    program = tl.program_id(0)
-    row = tl.load(chunk_rows + program).to(tl.int64)
-    begin = tl.load(chunk_numbers + program).to(tl.int64) * CHUNK
-    table += row * 8
-    left = tl.minimum(tl.load(table + 6) - begin, CHUNK)
-    whole = left // BLOCK * BLOCK
-    scale = tl.load(scales + row)
-    fisher = _pointer(table, 0, THETA, ALIGNED) + begin
-    grad = _pointer(table, 1, GRAD, ALIGNED) + begin
-    lanes = tl.arange(0, BLOCK)
-    for step in range(0, whole, BLOCK):
-        index = step + lanes
-        value = tl.load(grad + index).to(tl.float32)
-        _store(
-            fisher + index, decay * tl.load(fisher + index).to(tl.float32) + scale * value * value, index < left, False
-        )
-    index = whole + lanes
-    mask = index < left
-    value = _load(grad + index, mask, True)
-    _store(fisher + index, decay * _load(fisher + index, mask, True) + scale * value * value, mask, True)
-
-
 def signature_of(row: Row) -> tuple[torch.dtype | None, ...] | None:
     """Dtypes of a row, or None if the kernels cannot take it.
 
@@ -296,6 +231,8 @@ def signature_of(row: Row) -> tuple[torch.dtype | None, ...] | None:
     for tensor in present:
         if tensor.dtype not in DTYPES or tensor.device != first.device or not tensor.is_contiguous():
             usable = False
+    moments = [tensor.dtype for tensor in row[2:4] if tensor is not None]
+    usable = usable and len(set(moments)) <= 1  # the kernel has one dtype for both
     return tuple(None if tensor is None else tensor.dtype for tensor in row) if usable else None
 
 
@@ -383,29 +320,3 @@ def adamw(rows: Sequence[Row], coefficients: Sequence[float], numbers: Sequence[
             HAS_PRECISION=rows[0][5] is not None, ALIGNED=aligned, CHUNK=CHUNK, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return partials.sum()
-
-
-def accumulate(rows: Sequence[Row], decay: float, weight: float, normalize: bool) -> None:
-    """``F <- decay F + weight g^2`` over rows (F, g, ...) that share one signature.
-
-    Args:
-        rows: At least one row.
-        decay: Factor on F.
-        weight: Factor on the squares.
-        normalize: Divide each row's squares by their mean.
-    """
-    device = _device_of(rows)
-    table, chunk_rows, chunks, aligned = _tables(rows, device)
-    if len(chunks) == 0:
-        return
-    scales = torch.full((len(rows),), weight, dtype=torch.float32, device=device)
-    grid, common = (len(chunks),), {"ALIGNED": aligned, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
-    if normalize:
-        partials = torch.empty(len(chunks), dtype=torch.float32, device=device)
-        square_sum_kernel[grid](table, chunk_rows, chunks, partials, GRAD=_dtype(rows[0], 1), **common)
-        # A sum per row in a fixed order: chunks of one row are neighbours.
-        sums = torch.segment_reduce(partials, "sum", lengths=torch.bincount(chunk_rows.long(), minlength=len(rows)))
-        scales = torch.where(sums > 0, weight * table[:, 6] / sums, torch.zeros_like(sums))
-    accumulate_fisher_kernel[grid](
-        table, scales, chunk_rows, chunks, decay, THETA=_dtype(rows[0], 0), GRAD=_dtype(rows[0], 1), **common
-    )

@@ -65,6 +65,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 @pytest.mark.parametrize("target", [80, 90, 100])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_list_kernels_build_without_spills_and_with_vector_loads(target, narrow):
+    from ftfast.kernels import fisher_triton
     from ftfast.kernels import weight_triton as kernels
     from triton import language as tl
 
@@ -73,8 +74,8 @@ def test_list_kernels_build_without_spills_and_with_vector_loads(target, narrow)
     types = {"THETA": kind, "GRAD": kind, "START": kind, "PRECISION": tl.bfloat16}
     jobs = [
         (kernels.anchor_penalty_kernel, {**types, **common, "HAS_GRAD": True, "HAS_PRECISION": True}),
-        (kernels.square_sum_kernel, {"GRAD": kind, **common}),
-        (kernels.accumulate_fisher_kernel, {"THETA": tl.float32, "GRAD": kind, **common}),
+        (fisher_triton.square_sum_kernel, {"GRAD": kind, **common}),
+        (fisher_triton.accumulate_fisher_kernel, {"THETA": tl.float32, "GRAD": kind, **common}),
     ]
     jobs += [
         (kernels.adamw_anchored_kernel, {**types, **common, "MOMENT": tl.float32, "MODE": mode, "HAS_PRECISION": True})
