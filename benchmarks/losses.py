@@ -29,6 +29,7 @@ COLUMNS = [
     "backward ms",
     "both ms",
     "speed-up",
+    "by CPU",
     "MiB",
     "memory",
     "loss err",
@@ -53,7 +54,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the JSON record")
     arguments = parser.parse_args(argv)
     if arguments.smoke:
-        arguments.rows, arguments.width, arguments.repeats, arguments.error_rows = [64, 128], 32, 2, 96
+        arguments.rows, arguments.width, arguments.repeats, arguments.error_rows = [96], 32, 2, 96
         arguments.no_compile = True
     if arguments.rows is None:
         arguments.rows = [2048, 4096, 8192, 16384, 32768, 65536] if cuda else [1024, 2048, 4096, 8192]

@@ -73,9 +73,7 @@ def test_a_failing_peer_is_recorded_and_the_run_goes_on(tmp_path, monkeypatch):
         losses.main(["--smoke", "--op", "clip", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path)]) == 0
     )
     cases = json.loads((tmp_path / "losses_cpu.json").read_text())["cases"]
-    assert [case["failed"] for case in cases if case["implementation"] == "broken"] == [
-        "RuntimeError: no such kernel"
-    ] * 2
+    assert [case["failed"] for case in cases if case["implementation"] == "broken"] == ["RuntimeError: no such kernel"]
     assert plotting.main(["--results", str(tmp_path)]) == 0
 
 
