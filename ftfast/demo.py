@@ -224,6 +224,7 @@ def _report(
             name=name,
             results=means[name],
             sweep=tuple(results[name].sweep) if len(config.seeds) == 1 else (),
+            seeds=tuple(result.runs[name]),
             note=f"{results[name].steps} steps, {results[name].seconds:.0f} s",
         )
         for name in result.runs
@@ -249,7 +250,8 @@ def _tell(config: DemoConfig, suites: Sequence[SuiteConfig], result: DemoResult,
     """Print the table and the verdict in plain words."""
     console.rule("result")
     means = result.means()
-    print_comparison({name: summary_rows(suites, result.start, after) for name, after in means.items()}, console)
+    tables = {name: summary_rows(suites, result.start, mean, result.runs[name]) for name, mean in means.items()}
+    print_comparison(tables, console)
     for name, row in result.verdict["gain"].items():
         if row["ratio"] is not None:
             console.print(

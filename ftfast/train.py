@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = split_arguments(words)
+    if arguments.help:
+        from ftfast.cli.train_command import run
+
+        return run(words)
     recipe = get_recipe(find_recipe(arguments.files, arguments.overrides)[0])
     resolved = resolve(recipe.options, recipe.preset, arguments.files, arguments.overrides)
     if arguments.print_config:
