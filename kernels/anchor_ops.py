@@ -234,11 +234,7 @@ def adamw_anchored_(
         ShapeError: Lengths, shapes or devices do not match, or the mode is unknown.
         ConfigError: The backend cannot take these tensors.
     """
-    if hyper.mode not in MODES:
-        raise ShapeError(f"anchor mode '{hyper.mode}' is unknown; use one of {', '.join(MODES)}")
-    lengths = {len(params), len(grads), len(exp_avgs), len(exp_avg_sqs)}
-    if len(lengths) != 1:
-        raise ShapeError(f"params, grads and moments must be lists of one length, got lengths {sorted(lengths)}")
+    _check_step(hyper.mode, (params, grads, exp_avgs, exp_avg_sqs))
     if anchors is not None:
         anchors.check(params)
     rows: list[Row] = []
@@ -262,6 +258,15 @@ def adamw_anchored_(
                 for row, coefficient in zip(some, scale, strict=True):
                     total += _step_torch(row, coefficient, hyper)
     return total
+
+
+def _check_step(mode: str, lists: Sequence[Sequence[Tensor]]) -> None:
+    """Refuse an unknown mode and lists of different lengths."""
+    if mode not in MODES:
+        raise ShapeError(f"anchor mode '{mode}' is unknown; use one of {', '.join(MODES)}")
+    lengths = {len(each) for each in lists}
+    if len(lengths) != 1:
+        raise ShapeError(f"params, grads and moments must be lists of one length, got lengths {sorted(lengths)}")
 
 
 def _anchor_of(anchors: Anchors, index: int) -> tuple[Tensor, Tensor | None, float] | None:
