@@ -40,9 +40,7 @@ def draw(axes: Axes, cases: list[dict[str, Any]], value: str, label: str) -> Non
         done = [case for case in cases if case["implementation"] == name and "both" in case]
         rows = [case["rows"] for case in done]
         if value == "time":
-            heights = [case["both"]["median_ms"] for case in done]
-            low, high = ([case["both"][key] for case in done] for key in ("p20_ms", "p80_ms"))
-            axes.fill_between(rows, low, high, color=colour(name, names), alpha=0.15, linewidth=0)
+            heights = [case["both"]["best_ms"] for case in done]  # a busy machine stalls medians, not minima
         else:
             heights = [case["peak_bytes"] / 2**20 for case in done]
         axes.plot(rows, heights, marker="o", markersize=4, label=name, color=colour(name, names), linewidth=1.6)
@@ -73,7 +71,7 @@ def plot_losses(path: Path, folder: Path) -> list[Path]:
     for op in dict.fromkeys(case["op"] for case in record["cases"]):
         cases = [case for case in record["cases"] if case["op"] == op]
         figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
-        draw(axes[0], cases, "time", "forward + backward, ms")
+        draw(axes[0], cases, "time", "forward + backward, ms (best of repeats)")
         draw(axes[1], cases, "memory", "peak memory beyond inputs, MiB")
         axes[0].legend(frameon=False)
         figure.suptitle(
