@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 SOURCES := ftfast kernels benchmarks tests examples setup.py
 
 .PHONY: demo test lint bench install clean
@@ -10,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/ftfast demo --overwrite
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)

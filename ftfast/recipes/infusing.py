@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from ftfast import kernels
-from ftfast.recipes.base import BatchSpec, Context, Features, Paper, Plan, Recipe, Term
+from ftfast.recipes.base import BatchSpec, Context, Features, Paper, Plan, Recipe, Term, View
 from ftfast.recipes.task_loss import build_task
 from ftfast.weightspace import l2_sp
 
@@ -23,6 +23,8 @@ class InfusingOptions:
     """Weight of the embedding distillation on generic images (the paper's 1000)."""
     anchor_weight: float = 1e5
     """Weight of the mean-per-tensor L2 to the start weights; the published scripts pass 1e4 and use 1e5."""
+    generic_view: View = "resize_crop"
+    """Student's view of generic images; published: the training augmentation, against a teacher in evaluation view."""
     batch_form: Literal["round_robin", "joint"] = "round_robin"
     """One domain per step in turn, as published; or both in each step, with the weight anchor doubled."""
 
@@ -44,7 +46,10 @@ def build(context: Context) -> Plan:
         strength = options.anchor_weight * (2.0 if joint else 1.0)
         anchor = l2_sp(image_tower, strength, reduction="mean_per_tensor", split_qkv=True)
     return Plan(
-        batches=(task.batch, BatchSpec(name="generic", source="generic", view="resize_crop", teacher="cached_image")),
+        batches=(
+            task.batch,
+            BatchSpec(name="generic", source="generic", view=options.generic_view, teacher="cached_image"),
+        ),
         terms=(
             task.term,
             Term(
