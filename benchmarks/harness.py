@@ -265,6 +265,7 @@ def git_commit() -> str:
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
+        """Return what a git command prints in the folder."""
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:

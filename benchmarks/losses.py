@@ -75,9 +75,11 @@ def in_stages(implementation: Implementation, inputs: Inputs) -> list[Callable[[
     """Return forward and backward as separately timed stages."""
 
     def forward(_: object) -> Tensor:
+        """Run the forward pass."""
         return implementation(inputs)
 
     def backward(loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the inputs."""
         return torch.autograd.grad(loss, leaves(inputs), allow_unused=True)
 
     return [forward, backward]

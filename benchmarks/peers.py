@@ -43,6 +43,7 @@ def _siglip_kernel(inputs: Inputs) -> Tensor:
 
 def _both_directions(row_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Implementation:
     def call(inputs: Inputs) -> Tensor:
+        """Return the mean of the row loss over both directions."""
         image, text, scale = inputs
         labels = torch.arange(len(image), device=image.device)
         scale = scale.to(image.dtype)
@@ -65,6 +66,7 @@ def _liger(rows: Tensor, columns: Tensor, labels: Tensor) -> Tensor:
 
 def _classes(row_loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Implementation:
     def call(inputs: Inputs) -> Tensor:
+        """Apply the row loss to images and class features."""
         image, classes, scale, labels = inputs
         return row_loss(scale.to(image.dtype) * image, classes, labels)
 

@@ -85,6 +85,7 @@ def supervised_inputs(rows: int, width: int, dtype: torch.dtype, device: torch.d
 
 def _stock(name: str) -> Implementation:
     def call(inputs: Inputs) -> Tensor:
+        """Apply open_clip's loss and add up its parts."""
         from open_clip import loss
 
         output = getattr(loss, name)()(*inputs)
@@ -110,6 +111,7 @@ def _ours(name: str) -> Implementation:
     loss = getattr(losses, name)()
 
     def call(inputs: Inputs) -> Tensor:
+        """Apply our loss and add up its parts."""
         output = loss(*inputs)
         return output[0] + output[1] if isinstance(output, tuple) else output
 

@@ -129,6 +129,7 @@ def methods(gallery: np.ndarray, queries: np.ndarray, k: int, usearch: bool) -> 
     step = max(1, SCORES // len(gallery))
 
     def plain_torch() -> Any:
+        """Search with a matrix product and topk, in parts of the queries."""
         return torch.cat([torch.topk(part @ x.T, k).indices for part in q.split(step)])
 
     table["torch mm + topk"] = plain_torch
@@ -150,6 +151,7 @@ def add_faiss(table: dict[str, Callable[[], Any]], gallery: np.ndarray, queries:
     index.add(gallery)
 
     def tuned() -> Any:
+        """Search with faiss's BLAS threshold at one query."""
         with blas_threshold(faiss, 1):
             return index.search(queries, k)[1]
 

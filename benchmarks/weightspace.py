@@ -63,6 +63,7 @@ def penalty_cases(shapes: list[tuple[int, ...]], device: str) -> tuple[Table, in
     anchors = Anchors(starts, fishers, [0.5] * len(params))
 
     def foreach() -> Tensor:
+        """Add the penalty's gradient and return the penalty with foreach operations."""
         delta = torch._foreach_sub(plain, starts)
         pull = torch._foreach_mul(delta, fishers)
         torch._foreach_add_(grads, pull)
@@ -91,6 +92,7 @@ def step_cases(shapes: list[tuple[int, ...]], device: str) -> tuple[Table, int]:
         twins.append((params, torch.optim.AdamW(params, lr=1e-5, fused=fused, foreach=not fused)))
 
     def with_autograd() -> None:
+        """Differentiate the penalty by autograd, then take a fused AdamW step."""
         params, optimizer = twins[0]
         autograd_penalty(params, starts, fishers, 0.5).backward()
         optimizer.step()
@@ -111,10 +113,12 @@ def accumulate_cases(shapes: list[tuple[int, ...]], device: str) -> tuple[Table,
     avalanche = dict(zip(names, make_list(shapes, 0, device), strict=True))
 
     def loop() -> None:
+        """Accumulate one parameter at a time."""
         for name, grad in zip(names, grads, strict=True):
             avalanche[name] = 0.9 * avalanche[name] + grad.clone().pow(2)
 
     def foreach() -> None:
+        """Accumulate with foreach operations."""
         torch._foreach_mul_(fishers, 0.9)
         torch._foreach_addcmul_(fishers, grads, grads)
 
@@ -134,11 +138,13 @@ def linear_cases(device: str, smoke: bool) -> Table:
     fisher = torch.zeros(o, i, device=device)
 
     def loop() -> None:
+        """Accumulate the squared gradient of one sample at a time."""
         for a, g in zip(inputs, grads, strict=True):
             product = g.t() @ a
             fisher.addcmul_(product, product)
 
     def bmm() -> None:
+        """Accumulate the squared gradients of one batched product."""
         fisher.add_(torch.bmm(grads.transpose(1, 2), inputs).square_().sum(0))
 
     return {
@@ -164,6 +170,7 @@ def tower_cases(device: str, smoke: bool) -> Table:
             self.visual = visual
 
         def encode_image(self, images: Tensor, normalize: bool) -> Tensor:
+            """Return the normalised image features."""
             return nn.functional.normalize(self.visual(images), dim=-1)
 
     model = Tower().eval()
@@ -173,13 +180,16 @@ def tower_cases(device: str, smoke: bool) -> Table:
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def ordinary() -> None:
+        """Run an ordinary forward and backward pass."""
         model.zero_grad()
         loss(model, (images, labels), None).mean().backward()
 
     def captured() -> Any:
+        """Estimate the exact Fisher by per-sample capture."""
         return estimate_fisher(model, [(images, labels)], loss=loss)
 
     def one_loss(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        """Return the loss of one sample for given parameter values."""
         feature = functional_call(visual, {name[len("visual.") :]: v for name, v in values.items()}, (image[None],))
         logits = 100.0 * nn.functional.normalize(feature, dim=-1) @ loss.class_features.t()
         return nn.functional.cross_entropy(logits, label[None])
@@ -187,9 +197,11 @@ def tower_cases(device: str, smoke: bool) -> Table:
     per_sample = vmap(grad(one_loss), in_dims=(None, 0, 0), chunk_size=8)
 
     def with_vmap() -> list[Tensor]:
+        """Return the mean squared per-sample gradients from vmap."""
         return [g.square().mean(0) for g in per_sample(parameters, images, labels).values()]
 
     def batch_of_one() -> None:
+        """Estimate the Fisher one sample at a time."""
         options = FisherOptions(method="loop")
         estimate_fisher(
             model, [(images[i : i + 1], labels[i : i + 1]) for i in range(count)], loss=loss, options=options

@@ -164,6 +164,7 @@ def verdict(
     """
 
     def change(results: Sequence[Results], suite: SuiteConfig) -> float:
+        """Return the mean change of a suite's main metric from the start model."""
         metric = main_metric(suite)
         return sum(r[suite.name][metric] for r in results) / len(results) - start[suite.name][metric]
 

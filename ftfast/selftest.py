@@ -129,6 +129,7 @@ def _with_gradients(function: Callable[..., Tensor]) -> Callable[[Tensors], list
     """Turn a loss of floating tensors into (loss, gradients) for an incoming gradient other than 1."""
 
     def evaluated(inputs: Tensors) -> list[Tensor]:
+        """Return the loss followed by the gradients of its floating inputs."""
         leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
         loss = function(*leaves)
         moving = [x for x in leaves if x.is_floating_point()]
@@ -217,11 +218,13 @@ def _loss_cases() -> list[Case]:
 
 def _weight_cases() -> list[Case]:
     def tensors(generator: torch.Generator) -> list[Tensor]:
+        """Draw four signed tensors and two positive ones."""
         signed = [torch.randn(_ROWS, _WIDTH, generator=generator) for _ in range(4)]
         positive = [torch.rand(_ROWS, _WIDTH, generator=generator) for _ in range(2)]
         return [*signed, *positive]
 
     def sequences(generator: torch.Generator) -> list[Tensor]:
+        """Draw a positive accumulator, then inputs and gradients of a layer on sequences."""
         shapes = ((_WIDTH, 33), (5, 7, 33), (5, 7, _WIDTH))
         return [torch.rand(*shapes[0], generator=generator)] + [
             torch.randn(*shape, generator=generator) for shape in shapes[1:]
@@ -301,6 +304,7 @@ def _per_sample_reference(inputs: Tensors) -> list[Tensor]:
 
 def _search_cases() -> list[Case]:
     def inputs(generator: torch.Generator) -> list[Tensor]:
+        """Draw queries and a gallery."""
         return [
             torch.randn(31, _WIDTH, generator=generator),
             torch.randn(1009, _WIDTH, generator=generator),
@@ -319,6 +323,7 @@ _NEIGHBOURS = 17
 
 def _search(metric: str) -> Callable[[Tensors], list[Tensor]]:
     def found(inputs: Tensors) -> list[Tensor]:
+        """Search with the operation under test."""
         from ftfast.search import topk
 
         scores, indices = topk(inputs[0], inputs[1], _NEIGHBOURS, metric=metric)
@@ -331,6 +336,7 @@ def _search_reference(metric: str) -> Callable[[Tensors], list[Tensor]]:
     """All pairs in float64, so that the order is the true one in every dtype."""
 
     def found(inputs: Tensors) -> list[Tensor]:
+        """Rank all pairs by their exact scores."""
         queries, gallery = (x.cpu().double() for x in inputs)
         scores, indices = torch.topk(_SCORES[metric](queries, gallery), _NEIGHBOURS)
         return [scores.abs() if metric == "l2" else scores, indices]

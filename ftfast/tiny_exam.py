@@ -68,6 +68,7 @@ class Exam:
         """Prepare everything once; ``few`` keeps the first classes only."""
 
         def prepare(split: BuiltinSplit) -> tuple[Tensor, Tensor]:
+            """Load the pixels and labels of a split."""
             rows = [row for row, label in enumerate(split.labels) if not few or label < FEW_CLASSES]
             pixels = torch.stack([transform(split.load_image(row)) for row in rows])
             return pixels, torch.from_numpy(split.labels[rows])
@@ -92,6 +93,7 @@ def measure(model: Any, exam: Exam) -> TinyScores:
     """
 
     def embed(pixels: Tensor) -> Tensor:
+        """Embed images in parts of 256."""
         return torch.cat([model.encode_image(part, normalize=True) for part in pixels.split(256)])
 
     names = torch.cat([model.encode_text(part, normalize=True) for part in exam.tokens.split(512)])

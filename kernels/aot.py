@@ -87,6 +87,7 @@ def _inspect(cubin: bytes, shared: int) -> Resources:
         path.write_bytes(cubin)
 
         def dump(flag: str) -> str:
+            """Return what cuobjdump prints for one flag."""
             return subprocess.run([str(tool), flag, str(path)], check=True, capture_output=True, text=True).stdout
 
         usage, code = dump("--dump-resource-usage"), dump("--dump-sass")

@@ -114,6 +114,7 @@ def forward(
     bias_grads: list[Tensor] = []
 
     def launch(workspace: Tensor, rows: slice, cols: slice, grid: tuple[int, int]) -> None:
+        """Write the gradient weights of one superblock and keep its loss and bias gradient."""
         parts = torch.empty((2, grid[0] * grid[1]), dtype=torch.float32, device=x.device)
         _launch_sigmoid(x, y, scalars, relation, ids, workspace, parts, norm, (rows, cols), grid, tile, any(need))
         losses.append(parts[0].sum(dtype=torch.float64))

@@ -319,6 +319,7 @@ def backward(
     options = launch_options(relation.mode, rows, columns or not rows, tile, width)
 
     def launch(workspace: Tensor, row_part: slice, col_part: slice, grid: tuple[int, int]) -> None:
+        """Write the gradient weights of one superblock into the workspace."""
         _softmax_bwd_kernel[(grid[0] * grid[1],)](
             x,
             y,

@@ -253,6 +253,7 @@ def _tables(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor, 
     pinned = device.type == "cuda"
 
     def upload(values: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
+        """Copy a table to the device without waiting for it."""
         return torch.tensor(values, dtype=dtype, pin_memory=pinned).to(device, non_blocking=True)
 
     return upload(cells, torch.int64), upload(chunk_rows, torch.int32), upload(numbers, torch.int32), aligned

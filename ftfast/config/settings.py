@@ -119,6 +119,7 @@ def index_of(cls: type, options_type: type | None = None) -> SettingsIndex:
     settings: dict[str, Setting] = {}
 
     def visit(owner: type, prefix: str) -> None:
+        """List the blocks and leaves below one block."""
         hints, texts = field_types(owner), field_help(owner)
         for field in dataclasses.fields(owner):
             path, annotation, text = prefix + field.name, hints[field.name], texts.get(field.name, "")

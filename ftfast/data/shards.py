@@ -176,6 +176,7 @@ def _append_sample(number: int, key: str, members: dict[str, tarfile.TarInfo], c
     where = f"{samples.files[number]}/{key}"
 
     def read(extension: str) -> str:
+        """Read the stripped text of the sample's member with this extension."""
         member = members[extension]
         content.seek(member.offset_data)
         try:

@@ -162,6 +162,7 @@ def _validation(run: Run) -> Any:
     """Return the function that measures validation suites and scores them for selection."""
 
     def validate() -> tuple[dict[str, float], float]:
+        """Evaluate the validation suites and return their main metrics and the selection score."""
         results = _evaluate(run, run.validation)
         suites = [suite.config for suite in run.validation]
         scalars = {f"{s.name}/{main_metric(s)}": results[s.name][main_metric(s)] for s in suites}

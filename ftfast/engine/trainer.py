@@ -246,6 +246,7 @@ class Trainer:
         """Turn the first SIGINT or SIGTERM into a save at the end of the step; a second one stops at once."""
 
         def handle(number: int, frame: FrameType | None) -> None:
+            """Remember the first stop signal and interrupt at the second."""
             if self._stop_signal:
                 raise KeyboardInterrupt
             self._stop_signal = number

@@ -43,6 +43,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor, rank: int, world_size: int, sum_gradients: bool) -> Tensor:
+        """Gather the rows of all processes."""
         ctx.rank, ctx.rows, ctx.sum_gradients = rank, features.shape[0], sum_gradients
         gathered = features.new_empty((world_size * features.shape[0], *features.shape[1:]))
         dist.all_gather_into_tensor(gathered, features.contiguous())
@@ -50,6 +51,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Return this process's rows of the gradient, summed over processes if asked."""
         gradient = gradients[0]
         start = ctx.rank * ctx.rows
         if not ctx.sum_gradients:

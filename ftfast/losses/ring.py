@@ -100,10 +100,12 @@ class _RingClip(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, backend: str) -> Tensor:
+        """Compute the global loss and save the normalisers and weights of its rows and columns."""
         world_size, b = dist.get_world_size(), len(image)
         row_lse, positive = torch.empty(0), torch.empty(0)
 
         def compare(visitor: Tensors, distance: int) -> Tensor:
+            """Add one visit to the row statistics and return the visitor's column normalisers."""
             nonlocal row_lse, positive
             relation = _tile_relation(b, distance)
             tile = pair_statistics(image, visitor[0], scale, relation, backend=backend)
@@ -125,11 +127,13 @@ class _RingClip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Walk the texts around the ring again and return the gradients of both sides and the scale."""
         image, text, scale, row_lse, column_lse, weights = ctx.saved_tensors
         image_gradient = torch.zeros_like(image, dtype=row_lse.dtype)
         scale_gradient = torch.zeros_like(row_lse[0])
 
         def compare(visitor: Tensors, distance: int) -> Tensor:
+            """Add one visit to the image and scale gradients and return the visitor's gradient."""
             features, visitor_lse, visitor_weights = visitor
             rows, columns, tile_scale = pair_statistics_backward(
                 image,
@@ -208,11 +212,13 @@ class _RingSigLip(torch.autograd.Function):
     def forward(
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, bidirectional: bool, backend: str
     ) -> Tensor:
+        """Sum the loss of this process's images over the texts of all walks."""
         total = torch.zeros((), dtype=torch.float32, device=image.device)
         nothing = torch.zeros((), device=image.device)
         for hops, direction in _routes(bidirectional):
 
             def compare(visitor: Tensors, distance: int, direction: int = direction) -> Tensor:
+                """Add one visit to the loss, counting the home tile once over both walks."""
                 if distance > 0 or direction > 0:  # both walks start at home
                     other = distance > 0
                     total.add_(kernels.siglip_loss(image, *visitor, scale, bias, negative_only=other, backend=backend))
@@ -225,10 +231,12 @@ class _RingSigLip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Repeat the walks and return the gradients of images, texts, scale and bias."""
         image, text, scale, bias = ctx.saved_tensors
         own = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (image, scale, bias)]
 
         def compare(visitor: Tensors, distance: int) -> Tensor:
+            """Add one visit to this process's gradients and return the visitor's gradient."""
             leaves = [tensor.detach().requires_grad_() for tensor in (image, *visitor, scale, bias)]
             with torch.enable_grad():
                 loss = kernels.siglip_loss(
@@ -244,6 +252,7 @@ class _RingSigLip(torch.autograd.Function):
         for hops, direction in _routes(ctx.bidirectional):
 
             def host(visitor: Tensors, distance: int, direction: int = direction) -> Tensor:
+                """Return the visitor's gradient, counting the home tile once over both walks."""
                 once = distance > 0 or direction > 0
                 return compare(visitor, distance) if once else nothing
 

@@ -62,6 +62,7 @@ def fisher_of_generic(context: Context, options: EWCOptions) -> dict[str, Tensor
     few = spread(dataset, options.fisher_images)
 
     def batches() -> Iterator[Batch]:
+        """Yield the Fisher samples once, batch by batch, on the model's device."""
         for batch in iterate_once(few, context.loaded.eval_transform, batch_size=options.fisher_batch_size):
             yield batch.to(device)
 

@@ -24,6 +24,7 @@ def sampled_prompts(context: Context) -> TextSource:
     names, templates = dataset.class_names or (), dataset.templates
 
     def source(batch: Batch, step: int) -> Sequence[str]:
+        """Draw one prompt of its class for each image of the batch."""
         draw = random.Random(f"{context.seed}/{step}")
         labels = batch.labels.tolist() if batch.labels is not None else []
         return [draw.choice(templates).format(names[label]) for label in labels]

@@ -33,6 +33,7 @@ def build(context: Context) -> Plan:
         weights = list(plan.heads.parameters())
 
         def half_squared_norm(features: Features) -> Tensor:
+            """Return half the sum of squared head weights."""
             return 0.5 * torch.stack([(weight.float() ** 2).sum() for weight in weights]).sum()
 
         decay = replace(

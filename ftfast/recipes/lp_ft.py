@@ -42,6 +42,7 @@ def fit_probe(features: Tensor, labels: Tensor, start: Tensor, options: LPFTOpti
     optimizer = torch.optim.LBFGS([weight], max_iter=options.probe_iterations, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
+        """Return the regularised probe loss and leave its gradient in the weight."""
         optimizer.zero_grad()
         logits = options.classification_scale * features @ F.normalize(weight, dim=-1).T
         loss = F.cross_entropy(logits, labels) + options.probe_weight_decay * (weight**2).sum()
@@ -62,6 +63,7 @@ def build(context: Context) -> Plan:
     (weight,) = plan.heads.parameters()
 
     def prepare(embed: Callable[[ImageDataset], Tensor]) -> None:
+        """Fit the probe on the embedded data and copy it into the classifier."""
         labels = torch.as_tensor(dataset.labels)
         fitted = fit_probe(embed(dataset), labels, weight.detach().float().cpu(), options)
         with torch.no_grad():

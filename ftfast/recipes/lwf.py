@@ -33,6 +33,7 @@ def build(context: Context) -> Plan:
     )
 
     def distillation(features: Features) -> Tensor:
+        """Compare the similarities of the model with those of its teacher."""
         return kernels.similarity_distillation_loss(
             features.image,
             features.text,

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ftfast import kernels
+from ftfast.data import ImageDataset
 from ftfast.errors import ConfigError
 from ftfast.losses import ClipLoss, NormFaceLoss
 from ftfast.recipes.base import BatchSpec, Context, Features, Term, View, captions, class_prompts_source
@@ -77,21 +78,7 @@ def build_task(
             heads=nn.ModuleDict(),
         )
     if kind == "class_prompts":
-
-        def prompts_loss(features: Features) -> Tensor:
-            return kernels.classification_loss(
-                features.image,
-                features.text,
-                features.batch.labels,
-                features.logit_scale,
-                label_smoothing=label_smoothing,
-            )
-
-        return Task(
-            batch=BatchSpec(name="task", view=view, texts=class_prompts_source(dataset), teacher=teacher),
-            term=Term(name="classification", on="task", loss=prompts_loss, source="CE over class prompts"),
-            heads=nn.ModuleDict(),
-        )
+        return _class_prompts_task(dataset, label_smoothing, view, teacher)
     head = NormFaceLoss(
         context.loaded.embed_dim, len(dataset.class_names or ()), scale=scale, label_smoothing=label_smoothing
     )
@@ -104,4 +91,24 @@ def build_task(
             source="INFUSING, domain classification: CE(16 <f, w/|w|>, y)",
         ),
         heads=nn.ModuleDict({"classifier": head}),
+    )
+
+
+def _class_prompts_task(
+    dataset: ImageDataset, label_smoothing: float, view: View, teacher: Literal["", "live"]
+) -> Task:
+    def prompts_loss(features: Features) -> Tensor:
+        """Classify the images against the text features of the class prompts."""
+        return kernels.classification_loss(
+            features.image,
+            features.text,
+            features.batch.labels,
+            features.logit_scale,
+            label_smoothing=label_smoothing,
+        )
+
+    return Task(
+        batch=BatchSpec(name="task", view=view, texts=class_prompts_source(dataset), teacher=teacher),
+        term=Term(name="classification", on="task", loss=prompts_loss, source="CE over class prompts"),
+        heads=nn.ModuleDict(),
     )

@@ -161,9 +161,11 @@ class _Lists:
 
     @classmethod
     def allocate(cls, rows: int, k: int, device: torch.device) -> _Lists:
+        """Make empty lists for a number of queries and results."""
         size = 1 << (k + _CAPACITY - 1).bit_length()
 
         def make(width: int, dtype: torch.dtype) -> torch.Tensor:
+            """Allocate one uninitialised tensor of a row per query."""
             return torch.empty(rows, width, dtype=dtype, device=device)
 
         return cls(

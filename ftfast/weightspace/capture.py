@@ -242,6 +242,7 @@ class PerSampleCapture(TorchFunctionMode):
         samples = bound["query"].shape[1]
 
         def captured(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            """Run a linear layer through the capturing operation, sample axis restored where it is folded."""
             if x.dim() == 2:  # the output projection sees (length * samples, width)
                 unfolded = x.view(-1, samples, x.shape[-1])
                 return capture_ops.linear(self.sink, 1, unfolded, weight, bias).flatten(0, 1)

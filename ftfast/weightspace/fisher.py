@@ -222,6 +222,7 @@ class _Run:
             trial = None if self.generator is None else torch.Generator().manual_seed(0)
 
             def run(trial_batch: Any) -> Tensor:
+                """Return the per-sample losses of a trial batch."""
                 return self.loss(self.model, trial_batch, trial)
 
             self._axes[key] = trace_sample_axes(run, _take(batch, [0, 0]), _take(batch, [0, 0, 0]))
@@ -335,6 +336,7 @@ def _take(batch: Any, indices: Iterable[int]) -> Any:
     picked = list(indices)
 
     def pick(item: Any) -> Any:
+        """Select the picked samples of one item; leave anything that is no sequence."""
         if isinstance(item, Tensor):
             return item[picked]
         return type(item)(item[i] for i in picked) if isinstance(item, tuple | list) else item

@@ -35,6 +35,7 @@ class _Row:
         """The same row for one stretch of the flattened tensors."""
 
         def view(tensor: Tensor) -> Tensor:
+            """Return the segment's stretch of the flattened tensor."""
             return tensor.view(-1)[segment.offset : segment.end]
 
         return _Row(

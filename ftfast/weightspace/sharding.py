@@ -142,6 +142,7 @@ def observe_replay_gradient(
             piece.zero_()
 
     def reduce_sums(sums: Tensor) -> None:
+        """Sum over the processes that share the shards, in place."""
         torch.distributed.all_reduce(sums, group=group)
 
     optimizer.set_adaptive_precision(shards, gradients, reduce_sums)

@@ -143,9 +143,11 @@ def _filters(name: str, data: Rendered) -> tuple[Callable[[str], bool], Callable
     kind, *rest = name.split("/")
 
     def is_generic(concept: str) -> bool:
+        """Return whether a concept is outside the people concepts."""
         return data.groups[concept] != "people"
 
     def is_held_out(row: int) -> bool:
+        """Return whether a row is drawn in its concept's held-out style."""
         return data.style[row] == held_out_style(data.concept[row])
 
     if kind == "all":
