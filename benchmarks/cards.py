@@ -56,7 +56,7 @@ def shipped() -> Iterator[Card]:
         yield Card("triton_sigmoid._sigmoid_kernel", name, "bf16", 1, {"MODE": mode, "GRADIENT": gradient})
     for name, kind, logits in (("forward", 0, False), ("soft", 1, False), ("reverse", 2, False), ("logits", 0, True)):
         for kernel in ("triton_distill._distill_fwd_kernel", "triton_distill._distill_bwd_kernel"):
-            yield Card(kernel, name, "bf16", 1, {"KIND": kind, "LOGITS": logits, "ROWS": True, "COLS": True})
+            yield Card(kernel, name, "bf16", 3, {"KIND": kind, "LOGITS": logits, "ROWS": True, "COLS": True})
     for name, transposed in (("dX", False), ("dY", True)):
         yield Card("triton_products._product_kernel", name, "bf16", 2, {"TRANSPOSED": transposed, "ACCUMULATE": True})
     yield Card("triton_products._finish_kernel", "", "bf16", -1, {"ROWS": 4, "BLOCK_D": 256})
@@ -149,7 +149,7 @@ def clip_step(batch: int, width: int, architecture: int = 90) -> list[Work]:
     """
     from ftfast.kernels.tuning import superblock, tiles
 
-    similarity, _, product = tiles(torch.bfloat16, architecture)
+    similarity, _, product, _ = tiles(torch.bfloat16, architecture)
     product_flop = 2.0 * batch * batch * width
     group = similarity.m * similarity.group
     operands = 2.0 * width * (batch + batch * batch / group)

@@ -292,7 +292,7 @@ def forward(
     x, y = rows_contiguous(x), rows_contiguous(y)
     m, n = x.shape[0], y.shape[0]
     teacher_x, teacher_y, teacher_scale, logits = _teacher_arguments(teacher, x, y)
-    tile = tiles(x.dtype, capability_of(x.device))[1]
+    tile = tiles(x.dtype, capability_of(x.device)).paired
     stripe = stripe_rows(m, n, tile)
     tiles_n = triton.cdiv(n, tile.n)
     row = torch.zeros((4, m if rows else 0), device=x.device)
@@ -361,7 +361,7 @@ def backward(
     """
     x, y = rows_contiguous(x), rows_contiguous(y)
     teacher_x, teacher_y, teacher_scale, logits = _teacher_arguments(teacher, x, y)
-    tile = tiles(x.dtype, capability_of(x.device))[1]
+    tile = tiles(x.dtype, capability_of(x.device)).paired
     widths = (x.shape[1], teacher_x.shape[1])
     options = _options(kind, logits, row[0] is not None, col[0] is not None, tile, widths)
     packed = []
@@ -378,6 +378,7 @@ def backward(
     wide_scale = scale.to(torch.float32)
 
     def launch(workspace: Tensor, rows: slice, cols: slice, grid: tuple[int, int]) -> None:
+        """Write the gradient weights of one superblock into the workspace."""
         _distill_bwd_kernel[(grid[0] * grid[1],)](
             x,
             y,

@@ -157,7 +157,7 @@ def superblock_gradients(
     """
     (m, width), n = x.shape, y.shape[0]
     capability = capability_of(x.device)
-    product = tiles(x.dtype, capability)[2]
+    product = tiles(x.dtype, capability).product
     step = max(similarity.m, similarity.n, product.m, product.k)
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if capability else 1
     block_rows, block_cols = superblock(m, n, width, x.element_size(), product, processors)

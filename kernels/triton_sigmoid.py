@@ -106,7 +106,7 @@ def forward(
         Loss (0-d float32), dX, dY (dtypes of the inputs; size 0 where not needed), d scale, d bias (0-d float32).
     """
     x, y = rows_contiguous(x), rows_contiguous(y)
-    tile = tiles(x.dtype, capability_of(x.device))[1]
+    tile = tiles(x.dtype, capability_of(x.device)).heavy
     scalars = (scale.to(torch.float32), bias.to(torch.float32))
     ids = (None if relation is None else dense_ids(relation)) or (x, y)  # without ids the pointers are not read
     norm = HALF_HEADROOM if x.dtype == torch.float16 else 1.0

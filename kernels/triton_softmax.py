@@ -210,7 +210,7 @@ def forward(
     """
     x, y = rows_contiguous(x), rows_contiguous(y)
     (m, width), n = x.shape, y.shape[0]
-    tile = tiles(x.dtype, capability_of(x.device))[0]
+    tile = tiles(x.dtype, capability_of(x.device)).similarity
     stripe = stripe_rows(m, n, tile)
     tiles_m, tiles_n = triton.cdiv(stripe, tile.m), triton.cdiv(n, tile.n)
     by_diagonal = relation.mode in ("pair", "rivals")
@@ -303,7 +303,8 @@ def backward(
     (m, width), n = x.shape, y.shape[0]
     rows, columns = lse[0] is not None, lse[1] is not None
     # Masks by id need registers of their own: those modes take the smaller tile.
-    tile = tiles(x.dtype, capability_of(x.device))[1 if relation.mode in ("group", "rivals") else 0]
+    table = tiles(x.dtype, capability_of(x.device))
+    tile = table.heavy if relation.mode in ("group", "rivals") else table.similarity
     sizes = (m, m, n, n)
     filled = [
         torch.zeros(size, device=x.device) if g is None else g.float() for g, size in zip(grads, sizes, strict=True)

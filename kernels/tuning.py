@@ -7,6 +7,7 @@ pipeline fits shared memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -26,25 +27,37 @@ class Tile:
     group: int = 8
 
 
-# (similarity tile, smaller tile for epilogues that need more registers, product tile) by compute capability
+class Tiles(NamedTuple):
+    """The tiles of one GPU generation and dtype."""
+
+    similarity: Tile
+    """One similarity tile and a light epilogue."""
+    heavy: Tile
+    """Epilogues that need more registers."""
+    product: Tile
+    """Gradient products."""
+    paired: Tile
+    """Distillation: teacher's and student's similarities of the same tile at once."""
+
+
 _HALF = {
-    80: (Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3)),
-    90: (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-    100: (Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
+    80: Tiles(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 8, 3)),
+    90: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
+    100: Tiles(Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
 }
-_SINGLE = (Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2), Tile(64, 64, 16, 8, 2))
-_INTERPRETER = (Tile(16, 32, 16, 1, 1), Tile(16, 32, 16, 1, 1), Tile(16, 32, 16, 1, 1))
+_SINGLE = Tiles(Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2))
+_INTERPRETER = Tiles(*[Tile(16, 32, 16, 1, 1)] * 4)
 
 
-def tiles(dtype: torch.dtype, capability: int | None) -> tuple[Tile, Tile, Tile]:
-    """Return the similarity tile, the smaller one for heavier epilogues, and the product tile.
+def tiles(dtype: torch.dtype, capability: int | None) -> Tiles:
+    """Return the tiles of every kernel.
 
     Args:
         dtype: Of the features.
         capability: 80, 86, 90, 100 ...; None: the CPU interpreter.
 
     Returns:
-        Three tiles.
+        The tiles.
     """
     if capability is None:
         return _INTERPRETER
@@ -85,6 +98,7 @@ def superblock(
     across = -(-width // product.n)
 
     def waste(size: int) -> float:
+        """Return the cost of whole waves relative to perfectly filled ones."""
         count = size // product.m * across
         return -(-count // processors) * processors / count
 
