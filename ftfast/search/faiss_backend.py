@@ -121,7 +121,9 @@ def topk_faiss(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     if problem.mask is not None:
         ids = problem.mask.nonzero()[:, 0].cpu().numpy()
         parameters = faiss.SearchParameters(sel=faiss.IDSelectorBatch(ids))
-    found, ids = index.index.search(index._prepare(problem.queries, "queries"), k, params=parameters)
+    # faiss.contrib.torch_utils, once anyone imports it, replaces search by one without params and keeps the original.
+    search = getattr(index.index, "search_numpy", index.index.search)
+    found, ids = search(index._prepare(problem.queries, "queries"), k, params=parameters)
     worst = torch.inf if problem.metric == "l2" else -torch.inf
     indices = torch.from_numpy(ids)
     scores = torch.from_numpy(found).masked_fill(indices < 0, worst)
