@@ -94,6 +94,7 @@ def save_open_clip_folder(
         config = {"model_cfg": loaded.model_config, "preprocess_cfg": preprocess}
         (work / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, work / WEIGHTS_NAME)
+        (work / WEIGHTS_NAME).chmod(0o644)  # safetensors writes private files
         for path in loaded.tokenizer_files:
             shutil.copyfile(path, work / path.name)
         if card_text:
