@@ -16,7 +16,6 @@ from ftfast.config.resolve import resolve
 from ftfast.config.schema import SuiteConfig, TrainConfig
 from ftfast.engine.folder import environment
 from ftfast.engine.run import TrainResult, train
-from ftfast.engine.runlog import write_text_atomic
 from ftfast.errors import ConfigError
 from ftfast.evaluation import (
     ReportInfo,
@@ -28,6 +27,7 @@ from ftfast.evaluation import (
     summary_rows,
     write_comparison,
 )
+from ftfast.evaluation.results import write_atomically
 from ftfast.recipes import get_recipe
 
 BASELINE = "finetune"
@@ -125,7 +125,7 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
     result = DemoResult(folder, start or {}, runs)
     result.verdict = verdict(suites, result.start, runs[BASELINE], runs[config.recipe])
     page = _report(config, folder, suites, result, results)
-    write_text_atomic(
+    write_atomically(
         folder / "demo.json", json.dumps({**result.as_dict(), **_provenance(config, begin)}, indent=2) + "\n"
     )
     _tell(config, suites, result, page, console)

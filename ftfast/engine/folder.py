@@ -17,8 +17,8 @@ import yaml
 
 from ftfast.config.resolve import to_yaml
 from ftfast.config.schema import TrainConfig
-from ftfast.engine.runlog import write_text_atomic
 from ftfast.errors import CheckpointError, ConfigError
+from ftfast.evaluation.results import write_atomically
 
 FREE_ON_RESUME = ("out", "log.", "checkpoint.", "train.workers", "train.device", "eval.batch_size")
 PACKAGES = ("ftfast", "torch", "torchvision", "triton", "open_clip_torch", "timm", "numpy", "safetensors")
@@ -80,9 +80,9 @@ def create_folder(folder: Path, config: TrainConfig, argv: Sequence[str]) -> Non
     if folder.is_dir():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    write_text_atomic(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-    write_text_atomic(folder / "command.txt", shlex.join(["ftfast", "train", *argv]) + "\n")
-    write_text_atomic(folder / "config.yaml", to_yaml(config))
+    write_atomically(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+    write_atomically(folder / "command.txt", shlex.join(["ftfast", "train", *argv]) + "\n")
+    write_atomically(folder / "config.yaml", to_yaml(config))
 
 
 def environment() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ftfast.engine.assembly import Run, assemble, build_engine, build_objective,
 from ftfast.engine.checkpoints import CheckpointManager
 from ftfast.engine.folder import check_folder, create_folder, require_same
 from ftfast.engine.progress import TrainingProgress
-from ftfast.engine.runlog import RunLog, write_text_atomic
+from ftfast.engine.runlog import RunLog
 from ftfast.engine.trainer import Trainer
 from ftfast.errors import ModelError
 from ftfast.evaluation import (
@@ -36,7 +36,7 @@ from ftfast.evaluation import (
     sweep_line,
     write_report,
 )
-from ftfast.evaluation.results import role_mean
+from ftfast.evaluation.results import role_mean, write_atomically
 from ftfast.models import load_model, save_open_clip_folder
 
 
@@ -192,7 +192,7 @@ def _measured_before(run: Run, folder: Path, console: Console) -> Results:
         return json.loads(path.read_text(encoding="utf-8"))
     console.print("measuring the start model", highlight=False, soft_wrap=True)
     before = _evaluate(run, run.suites)
-    write_text_atomic(path, json.dumps(before, indent=2) + "\n")
+    write_atomically(path, json.dumps(before, indent=2) + "\n")
     return before
 
 
@@ -254,7 +254,7 @@ def finish(run: Run, trainer: Trainer, result: TrainResult, console: Console) ->
         sweep=result.sweep,
         info=info,
     )
-    write_text_atomic(result.folder / "result.json", json.dumps(result.as_dict(), indent=2) + "\n")
+    write_atomically(result.folder / "result.json", json.dumps(result.as_dict(), indent=2) + "\n")
     best = sweep_line(result.suites, best_alpha(result.suites, result.sweep)) if result.sweep else ""
     print_summary(rows, console, best=best, weights=str(final))
     console.print(f"report   {page}\nload with plain open_clip:", highlight=False, soft_wrap=True)

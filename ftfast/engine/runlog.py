@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from ftfast.evaluation.results import write_atomically
 
 
 class RunLog:
@@ -26,7 +26,7 @@ class RunLog:
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
         rows = [] if resume_step is None else [row for row in read_rows(self.path) if row["step"] <= resume_step]
-        write_text_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = self.path.open("a", encoding="utf-8")
         self._tensorboard = _tensorboard_writer(folder, resume_step) if "tensorboard" in report_to else None
 
@@ -75,20 +75,6 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def write_text_atomic(path: Path, text: str) -> None:
-    """Replace a text file in one rename.
-
-    Args:
-        path: Target.
-        text: New content.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
-
-
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with different keys as one table.
 
@@ -103,7 +89,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text_atomic(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def _tensorboard_writer(folder: Path, resume_step: int | None) -> Any:
