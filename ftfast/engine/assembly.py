@@ -21,7 +21,7 @@ from ftfast.engine.torch_engine import TorchEngine, TunedModel
 from ftfast.errors import ConfigError
 from ftfast.evaluation import PixelCache, Suite, default_suites, open_suites
 from ftfast.models import LoadedModel, apply_locks, load_model
-from ftfast.recipes import Context, Plan, Recipe, get_recipe
+from ftfast.recipes import Context, History, Plan, Recipe, get_recipe
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,6 +42,7 @@ class Run:
         total_steps: Optimizer steps.
         start: Copy of the start weights on the CPU.
         device: Where it runs.
+        initial: Weights before the first task of a sequence, on the CPU; None: ``start``.
         pixels: Transformed evaluation images, kept between measurements.
     """
 
@@ -56,6 +57,7 @@ class Run:
     total_steps: int
     start: dict[str, Tensor]
     device: torch.device
+    initial: dict[str, Tensor] | None = None
     pixels: PixelCache = field(default_factory=PixelCache)
 
 
@@ -160,12 +162,12 @@ def validation_suites(data: DataConfig, generic: DataConfig, recipe: Recipe) -> 
     return tuple(suites)
 
 
-def assemble(config: TrainConfig, cache_dir: Path | None = None) -> Run:
+def assemble(config: TrainConfig, history: History | None = None) -> Run:
     """Open, load and build everything a run needs.
 
     Args:
         config: As resolved.
-        cache_dir: Folder of the teacher-feature cache.
+        history: What earlier tasks of a sequence left behind; None: a run of its own.
 
     Returns:
         The run.
@@ -189,16 +191,27 @@ def assemble(config: TrainConfig, cache_dir: Path | None = None) -> Run:
     suites, validation = open_suites(config.eval.suites), open_suites(config.eval.validation)
     loaded = load_model(config.model, device)
     apply_locks(loaded.model, config.model)
-    start = {name: tensor.detach().cpu().clone() for name, tensor in loaded.model.state_dict().items()}
+    history = history or History()
+    start = copy_of_state(loaded)
+    initial = None
+    if history.weights is not None:
+        initial = start
+        loaded.model.load_state_dict(history.weights)
+        start = copy_of_state(loaded)
     torch.manual_seed(config.seed)
     options = config.options if config.options is not None else recipe.options()
-    plan = recipe.build(Context(loaded, datasets, options, config.seed))
+    plan = recipe.build(Context(loaded, datasets, options, config.seed, history))
     plan.heads.to(device)
     require_trainable(loaded, plan, config)
     loaders = build_loaders(plan, datasets, loaded, config)
     total = total_steps(plan, loaders, config.train)
     warmup_steps(config.optim.warmup, total)
-    return Run(config, recipe, loaded, datasets, suites, validation, plan, loaders, total, start, device)
+    return Run(config, recipe, loaded, datasets, suites, validation, plan, loaders, total, start, device, initial)
+
+
+def copy_of_state(loaded: LoadedModel) -> dict[str, Tensor]:
+    """Return a copy of the weights on the CPU."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in loaded.model.state_dict().items()}
 
 
 def require_trainable(loaded: LoadedModel, plan: Plan, config: TrainConfig) -> None:
@@ -265,7 +278,8 @@ def build_objective(run: Run, engine: TorchEngine, cache_dir: Path | None, on_pr
     for spec in run.plan.batches:
         if spec.teacher == "cached_image":
             tables[spec.source] = embed_source(run, run.datasets[spec.source], cache_dir, on_progress)
-    return Objective(run.plan, engine, Teachers(run.plan, run.loaded, tables, run.device), run.loaded)
+    teachers = Teachers(run.plan, run.loaded, tables, run.device, run.initial)
+    return Objective(run.plan, engine, teachers, run.loaded)
 
 
 def embed_source(

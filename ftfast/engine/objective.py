@@ -23,24 +23,45 @@ class Teachers:
         loaded: Start model; copied before training moves it.
         tables: (N, D) evaluation-view features by source, for "cached_image".
         device: Where teacher features are needed.
+        initial: State dict before the first task, for "initial"; None: the start model is the initial one.
     """
 
-    def __init__(self, plan: Plan, loaded: LoadedModel, tables: Mapping[str, Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        loaded: LoadedModel,
+        tables: Mapping[str, Tensor],
+        device: torch.device,
+        initial: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.device = device
         self.tables = tables
-        self.model: Any = None
-        if any(spec.teacher == "live" for spec in plan.batches):
-            self.model = copy.deepcopy(loaded.model).to(device).eval().requires_grad_(False)
+        self.models: dict[str, Any] = {}
+        self._texts: dict[str, tuple[Tensor, Tensor]] = {}
+        for kind in ("live", "initial"):
+            if any(spec.teacher == kind for spec in plan.batches):
+                model = copy.deepcopy(loaded.model)
+                if kind == "initial" and initial is not None:
+                    model.load_state_dict(initial)
+                self.models[kind] = model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def features(self, spec: BatchSpec, batch: Batch, tokens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return the teacher's (image, text) features for one batch; None where the batch has no such teacher."""
         if spec.teacher == "cached_image":
             return self.tables[spec.source][batch.indices.cpu()].to(self.device, non_blocking=True), None
-        if spec.teacher == "live" and self.model is not None:
-            text = None if tokens is None else unit(self.model.encode_text(tokens))
-            return unit(self.model.encode_image(batch.images)), text
-        return None, None
+        model = self.models.get(spec.teacher)
+        if model is None:
+            return None, None
+        text = None if tokens is None else self._text_features(spec.name, model, tokens)
+        return unit(model.encode_image(batch.images)), text
+
+    def _text_features(self, name: str, model: Any, tokens: Tensor) -> Tensor:
+        """Text features of a batch; kept while the texts stay the same, as class prompts do."""
+        known = self._texts.get(name)
+        if known is None or known[0] is not tokens:
+            self._texts[name] = known = (tokens, unit(model.encode_text(tokens)))
+        return known[1]
 
 
 class Objective:
@@ -58,7 +79,7 @@ class Objective:
         self.engine = engine
         self.teachers = teachers
         self.tokenizer = loaded.tokenizer
-        self._tokens: dict[tuple[str, ...], Tensor] = {}
+        self._tokens: dict[str, tuple[tuple[str, ...], Tensor]] = {}
 
     def __call__(self, batches: Mapping[str, Batch], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the weighted sum and every term.
@@ -85,14 +106,14 @@ class Objective:
         return total, values
 
     def _features(self, spec: BatchSpec, batch: Batch, step: int) -> Features:
-        tokens = None if spec.texts is None else self._tokenize(tuple(spec.texts(batch, step)))
-        image, text, logit_scale = self.engine.forward(batch.images, tokens)
+        tokens = None if spec.texts is None else self._tokenize(spec.name, tuple(spec.texts(batch, step)))
+        image, text, logit_scale = self.engine.forward(batch.images, tokens if spec.student_text else None)
         teacher_image, teacher_text = self.teachers.features(spec, batch, tokens)
         return Features(batch, image, text, logit_scale, teacher_image, teacher_text)
 
-    def _tokenize(self, texts: tuple[str, ...]) -> Tensor:
-        """Tokenize; the last list is remembered, since class prompts are the same at every step."""
-        if texts not in self._tokens:
-            self._tokens.clear()
-            self._tokens[texts] = self.tokenizer(list(texts)).to(self.engine.device)
-        return self._tokens[texts]
+    def _tokenize(self, name: str, texts: tuple[str, ...]) -> Tensor:
+        """Tokenize; the last list of each batch is remembered, since class prompts are the same at every step."""
+        known = self._tokens.get(name)
+        if known is None or known[0] != texts:
+            self._tokens[name] = known = (texts, self.tokenizer(list(texts)).to(self.engine.device))
+        return known[1]

@@ -69,6 +69,9 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss``."""
 
+    def observe_replay(self, step: int, average_steps: int) -> None:
+        """Set an adaptive anchor's importance from the gradients present now, if there is such an anchor."""
+
     def step(self, factor: float) -> dict[str, Tensor]:
         """Update the weights at ``factor`` times the base learning rates, clear gradients, return scalars to log."""
 
@@ -126,6 +129,25 @@ class TorchEngine:
         """Accumulate gradients of the (scaled) loss; a loss that reaches no parameter is skipped."""
         if loss.requires_grad:
             self.scaler.scale(loss).backward()
+
+    @torch.no_grad()
+    def observe_replay(self, step: int, average_steps: int) -> None:
+        """Set the adaptive anchor's importance from the replay loss's gradient, which is all there is now.
+
+        The importance is normalised per tensor, so loss scaling does not change it.
+
+        Args:
+            step: 0-based step.
+            average_steps: 0: this gradient alone counts; N: running mean over the first N steps, then fixed.
+        """
+        optimizer = self.optimizer
+        if optimizer.anchor is None or not optimizer.anchor.adaptive or 0 < average_steps <= step:
+            return
+        states = [s for s in optimizer.state.values() if "anchor_precision" in s]
+        before = [s["anchor_precision"].clone() for s in states] if average_steps and step else []
+        optimizer.observe_replay_gradient()
+        for state, mean in zip(states, before, strict=False):
+            state["anchor_precision"].sub_(mean).div_(step + 1).add_(mean)
 
     def step(self, factor: float) -> dict[str, Tensor]:
         """Clip, step and clear.

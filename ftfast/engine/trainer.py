@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ftfast.config.schema import TrainConfig
-from ftfast.data import Batch, BatchLoader
+from ftfast.data import BatchLoader
+from ftfast.engine.averaging import RunningMean
 from ftfast.engine.checkpoints import CheckpointManager
 from ftfast.engine.objective import Objective
 from ftfast.engine.progress import TrainingProgress
@@ -23,7 +24,7 @@ from ftfast.engine.runlog import RunLog
 from ftfast.engine.schedules import learning_rate_factor
 from ftfast.engine.torch_engine import Engine
 from ftfast.errors import CheckpointError, Interrupted, TrainingError
-from ftfast.recipes import Plan
+from ftfast.recipes import BatchSpec, Plan
 from ftfast.weightspace import ExponentialMovingAverage
 
 
@@ -70,13 +71,15 @@ class Trainer:
     validate: Callable[[], tuple[dict[str, float], float]] | None = None
     config_text: str = ""
     state: TrainerState = field(default_factory=TrainerState)
-    ema: ExponentialMovingAverage | None = None
+    ema: ExponentialMovingAverage | RunningMean | None = None
 
     def __post_init__(self) -> None:
         self._pending: list[tuple[int, float, tuple[str, ...], Tensor]] = []
         self._stop_signal = 0
         if self.config.optim.ema_decay > 0:
             self.ema = ExponentialMovingAverage(self.engine.module, self.config.optim.ema_decay)
+        elif self.plan.average_every > 0:
+            self.ema = RunningMean(self.engine.module, self.plan.average_every)
 
     def fit(self, progress: TrainingProgress) -> None:
         """Train from the current state to ``total_steps``.
@@ -120,17 +123,14 @@ class Trainer:
         return 1 if self.engine.device.type == "cpu" else max(1, self.config.log.every_steps)
 
     def _train_step(self, progress: TrainingProgress) -> None:
-        step, accumulate = self.state.step, self.config.train.accum_freq
+        step = self.state.step
+        active = self.plan.active(step)
+        replay = tuple(spec for spec in active if spec.replay)
         sums: dict[str, Tensor] = {}
-        for _ in range(accumulate):
-            begin = time.perf_counter()
-            batches = self._next_batches(step)
-            waited = time.perf_counter() - begin
-            total, terms = self.objective(batches, step)
-            self.engine.backward(total / accumulate)
-            for name, value in {"loss": total.detach(), **terms}.items():
-                sums[name] = sums.get(name, 0.0) + value / accumulate
-            progress.count(sum(len(batch.indices) for batch in batches.values()), waited)
+        if replay:
+            self._accumulate(replay, step, sums, progress)
+            self.engine.observe_replay(step, self.plan.importance_steps)
+        self._accumulate(tuple(spec for spec in active if not spec.replay), step, sums, progress)
         factor = learning_rate_factor(step, self.total_steps, self.config.optim)
         scalars = self.engine.step(factor)
         if "anchor" in scalars:
@@ -142,8 +142,20 @@ class Trainer:
         self.state.step += 1
         self._pending.append((self.state.step, factor, tuple(sums), values))
 
-    def _next_batches(self, step: int) -> dict[str, Batch]:
-        return {spec.name: next(self.loaders[spec.source]).to(self.engine.device) for spec in self.plan.active(step)}
+    def _accumulate(
+        self, specs: tuple[BatchSpec, ...], step: int, sums: dict[str, Tensor], progress: TrainingProgress
+    ) -> None:
+        """Add the gradients of the terms on some batches, over all forward passes of the step."""
+        accumulate = self.config.train.accum_freq
+        for _ in range(accumulate):
+            begin = time.perf_counter()
+            batches = {spec.name: next(self.loaders[spec.source]).to(self.engine.device) for spec in specs}
+            waited = time.perf_counter() - begin
+            total, terms = self.objective(batches, step)
+            self.engine.backward(total / accumulate)
+            for name, value in {"loss": total.detach(), **terms}.items():
+                sums[name] = sums.get(name, 0.0) + value / accumulate
+            progress.count(sum(len(batch.indices) for batch in batches.values()), waited)
 
     def _flush(self, progress: TrainingProgress) -> None:
         """Read pending losses, stop at the first that is not finite, write the rest to the logs."""

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ftfast.recipes.base import BatchSpec, Context, Features, Plan, Recipe, Term, available, get_recipe
+from ftfast.recipes.base import BatchSpec, Context, Features, History, Plan, Recipe, Term, available, get_recipe
 
-__all__ = ["BatchSpec", "Context", "Features", "Plan", "Recipe", "Term", "available", "get_recipe"]
+__all__ = ["BatchSpec", "Context", "Features", "History", "Plan", "Recipe", "Term", "available", "get_recipe"]

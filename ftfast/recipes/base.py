@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 from torch import Tensor, nn
 
-from ftfast.data import Batch, ImageDataset
+from ftfast.data import Batch, ImageDataset, class_prompts
 from ftfast.errors import ConfigError
 from ftfast.models import LoadedModel
 from ftfast.weightspace import Anchor
@@ -25,6 +25,9 @@ RECIPE_MODULES = {
     "wise-ft": "wise_ft",
     "lp-ft": "lp_ft",
     "flyp": "flyp",
+    "gift": "gift",
+    "zscl": "zscl",
+    "ewc-online": "ewc_online",
 }
 
 
@@ -75,14 +78,21 @@ class BatchSpec:
         view: Training view, a kind of ``ftfast.data.transforms``.
         texts: Texts to encode; None: the text tower is not run.
         teacher: "cached_image": evaluation-view embeddings by image index (methods A2); "live": the frozen start
-            model on this very batch; "": none.
+            model on this very batch (in a sequence of tasks: the model before this task); "initial": the same with the
+            model before the first task; "": none.
+        student_text: Whether the student's text tower runs on the texts; False leaves ``Features.text`` None and only
+            the teacher's text features are there.
+        replay: All terms on this batch form the replay loss: they are differentiated before the others, and the
+            gradient found then sets an adaptive anchor's importance (AWC).
     """
 
     name: str
     source: Literal["data", "generic"] = "data"
     view: View = "resize_crop"
     texts: TextSource | None = None
-    teacher: Literal["", "cached_image", "live"] = ""
+    teacher: Literal["", "cached_image", "live", "initial"] = ""
+    student_text: bool = True
+    replay: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +127,12 @@ class Plan:
         prepare: Called once before training with the embedding function of the start model
             (dataset -> (N, D) features in the evaluation view); not called on resume.
         finalize: Maps (start weights, tuned weights) to the weights that are kept.
+        importance_steps: With an adaptive anchor. 0: its importance is estimated afresh at every step; N: it is the
+            running mean over the first N steps and fixed from then on.
+        average_every: Keep the plain mean of the start weights and of the weights after every N-th step, and end with
+            it (weight ensemble); 0: end with the last weights.
+        carry: Called with nothing once the kept weights are in the model; returns the tensors that the next task's
+            :class:`History` holds.
     """
 
     batches: tuple[BatchSpec, ...]
@@ -126,12 +142,30 @@ class Plan:
     anchor: Anchor | None = None
     prepare: Callable[[Callable[[ImageDataset], Tensor]], None] | None = None
     finalize: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    importance_steps: int = 0
+    average_every: int = 0
+    carry: Callable[[], dict[str, Tensor]] | None = None
 
     def active(self, step: int) -> tuple[BatchSpec, ...]:
         """Return the batches of step ``step`` (0-based)."""
         if self.schedule == "joint":
             return self.batches
         return (self.batches[step % len(self.batches)],)
+
+
+@dataclass(frozen=True)
+class History:
+    """What a sequence of tasks has left behind for the next one; a single run has an empty history.
+
+    Attributes:
+        weights: State dict this task starts from; None: the configured model.
+        carried: What the previous task's ``Plan.carry`` returned.
+        task: Number of this task, from 0.
+    """
+
+    weights: Mapping[str, Tensor] | None = None
+    carried: Mapping[str, Tensor] = field(default_factory=dict)
+    task: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,12 +177,14 @@ class Context:
         datasets: Opened sources: "data", and "generic" if configured.
         options: Instance of the recipe's options dataclass.
         seed: Run seed.
+        history: What earlier tasks left behind.
     """
 
     loaded: LoadedModel
     datasets: Mapping[str, ImageDataset]
     options: Any
     seed: int = 0
+    history: History = field(default_factory=History)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +258,5 @@ def captions(batch: Batch, step: int) -> Sequence[str]:
 
 def class_prompts_source(dataset: ImageDataset) -> TextSource:
     """Text source: one prompt for every class of ``dataset``, in label order (its first template)."""
-    names = dataset.class_names or ()
-    prompts = tuple(dataset.templates[0].format(name) for name in names)
+    prompts = tuple(group[0] for group in class_prompts(dataset.class_names or (), dataset.templates[:1]))
     return lambda batch, step: prompts

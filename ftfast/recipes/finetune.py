@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ftfast.recipes.base import Context, Paper, Plan, Recipe
+from ftfast.recipes.base import Context, Paper, Plan, Recipe, View
 from ftfast.recipes.task_loss import TaskKind, build_task
 
 
@@ -18,13 +18,19 @@ class FinetuneOptions:
     """Scale of the cosine classifier."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy."""
+    view: View = "resize_crop"
+    """View of the task's images: resize, crop and flip; random_resized_crop (scale 0.9 to 1, no flip); or eval."""
 
 
 def build(context: Context) -> Plan:
     """Declare the task term alone."""
     options: FinetuneOptions = context.options
     task = build_task(
-        context, options.loss, scale=options.classification_scale, label_smoothing=options.label_smoothing
+        context,
+        options.loss,
+        scale=options.classification_scale,
+        label_smoothing=options.label_smoothing,
+        view=options.view,
     )
     return Plan(batches=(task.batch,), terms=(task.term,), heads=task.heads)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ftfast import kernels
-from ftfast.recipes.base import Context, Features, Paper, Plan, Recipe, Term
+from ftfast.recipes.base import Context, Features, Paper, Plan, Recipe, Term, View
 from ftfast.recipes.task_loss import build_task
 
 
@@ -21,12 +21,16 @@ class LwFOptions:
     """Softmax temperature of teacher and student."""
     label_smoothing: float = 0.0
     """Label smoothing of the task's cross-entropy."""
+    view: View = "resize_crop"
+    """View of the task's images: resize, crop and flip; random_resized_crop (scale 0.9 to 1, no flip); or eval."""
 
 
 def build(context: Context) -> Plan:
     """Declare CE over class prompts, and soft CE between the start model's class probabilities and the student's."""
     options: LwFOptions = context.options
-    task = build_task(context, "class_prompts", label_smoothing=options.label_smoothing, teacher="live")
+    task = build_task(
+        context, "class_prompts", label_smoothing=options.label_smoothing, view=options.view, teacher="live"
+    )
 
     distillation_options = kernels.DistillOptions(
         kind="soft_cross_entropy", temperature=options.temperature, directions="image"
