@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# In a checkout the folder is also visible as the top-level module "kernels", which is the name of a package that
+# transformers looks for. Run a second time under that name, it would register its operations again and leave every
+# earlier reference to them dangling (a crash in the next call).
+if __name__ == "kernels":
+    raise ModuleNotFoundError("this folder is ftfast's: import it as ftfast.kernels", name="kernels")
+
 from .classification import classification_loss
 from .clip import clip_loss
 from .dispatch import BACKENDS, choose, explain

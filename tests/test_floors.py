@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,3 +149,20 @@ def test_no_module_hides_the_standard_library_or_a_dependency():
         if installed & {re.sub(r"[-_.]+", "-", d).lower() for d in distributions}
     }
     assert ours & (tops | set(sys.stdlib_module_names)) == set()
+
+
+def test_the_folder_kernels_is_no_top_level_package() -> None:
+    """Libraries try ``import kernels``; a second run of our files would unregister the operations in use."""
+    code = """
+import torch, ftfast.kernels as ours
+x, scale = torch.eye(3), torch.tensor(10.0)
+before = ours.siglip_loss(x, x, scale)
+try:
+    import kernels
+except ModuleNotFoundError as error:
+    print(error, ours.siglip_loss(x, x, scale).equal(before))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "this folder is ftfast's: import it as ftfast.kernels True"
