@@ -67,16 +67,23 @@ struct Bf16 {
     return result;
   }
 };
+// Where a row's importances are read from: a pointer the loops keep in a register.
 struct PrecisionOne {
-  static inline float at(const Row&, int64_t) { return 1.0f; }
+  explicit PrecisionOne(const void*) {}
+  inline float operator[](int64_t) const { return 1.0f; }
+  inline PrecisionOne operator+(int64_t) const { return *this; }
 };
 struct PrecisionFp32 {
-  static inline float at(const Row& row, int64_t i) { return static_cast<const float*>(row.precision)[i]; }
+  const float* values;
+  explicit PrecisionFp32(const void* from) : values(static_cast<const float*>(from)) {}
+  inline float operator[](int64_t i) const { return values[i]; }
+  inline PrecisionFp32 operator+(int64_t i) const { return PrecisionFp32(values + i); }
 };
 struct PrecisionBf16 {
-  static inline float at(const Row& row, int64_t i) {
-    return Bf16::load(static_cast<const uint16_t*>(row.precision)[i]);
-  }
+  const uint16_t* values;
+  explicit PrecisionBf16(const void* from) : values(static_cast<const uint16_t*>(from)) {}
+  inline float operator[](int64_t i) const { return Bf16::load(values[i]); }
+  inline PrecisionBf16 operator+(int64_t i) const { return PrecisionBf16(values + i); }
 };
 
 // One instruction set's versions of the loops.
