@@ -34,6 +34,9 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "train RECIPE --data TABLE_OR_FOLDER", "fine-tune; report gain and forgetting", "ftfast.cli.train_command:run"
     ),
+    "continual": Command(
+        "continual TASKS --recipe gift", "learn tasks one after the other", "ftfast.cli.continual_command:run"
+    ),
     "eval": Command("eval RUN_OR_WEIGHTS --suite FILE", "measure a model", "ftfast.cli.evaluate_command:run"),
     "merge": Command(
         "merge START END --alpha 0:1:0.1", "interpolate weights (WiSE-FT)", "ftfast.cli.merge_command:run"
@@ -43,6 +46,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "recipes": Command("recipes [show NAME]", "list the methods, or explain one", "ftfast.cli.recipes_command:run"),
     "search": Command("search build|query", "exact nearest neighbours over images", "ftfast.cli.search_command:run"),
+    "synth": Command("synth --out FOLDER", "generate image-caption pairs for replay", "ftfast.cli.synth_command:run"),
     "pretrain": Command("pretrain", "make the built-in tiny CLIP again", "ftfast.cli.pretrain_command:run"),
     "doctor": Command("doctor [--self-test]", "what this machine uses, and why", "ftfast.cli.doctor_command:run"),
     "version": Command("version", "print the version", "ftfast.cli.application:print_version"),

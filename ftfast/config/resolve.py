@@ -35,6 +35,7 @@ def resolve(
     files: Sequence[str] = (),
     argv: Sequence[str] = (),
     *,
+    blocks: Sequence[tuple[yaml.Node, Source]] = (),
     world_size: int | None = None,
 ) -> Resolved:
     """Merge all layers into one configuration and check it.
@@ -45,6 +46,7 @@ def resolve(
         files: YAML files, later ones win.
         argv: Flags such as ``["--optim.lr", "3e-6", "--data", "pairs.csv"]``; switches like ``--dry-run`` must have
             been taken out by :func:`split_arguments`.
+        blocks: Further mappings of settings, above the preset and below the files (parts of a tasks file).
         world_size: Number of processes, for the batch-size check; by default the launcher's ``WORLD_SIZE``, or 1.
 
     Returns:
@@ -57,6 +59,7 @@ def resolve(
     reader = Reader()
     name = find_recipe(files, argv)[0]
     layers = [reader.read_block(nodes_of(preset), index, Source("recipe", name))]
+    layers += [reader.read_block(node, index, source) for node, source in blocks]
     for file in files:
         try:
             root = load_nodes(file)

@@ -54,6 +54,8 @@ class DataConfig:
     """Column separator of a text table; empty: sniffed."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Prompt templates for class names; "{}" stands for the name."""
+    classes: tuple[str, ...] = ()
+    """Keep only these classes, in this order (a task of a class-incremental sequence); empty: all."""
     min_images_per_class: int = 2
     """Fewest images a class may have; retrieval and a train/validation split need two."""
     split: Literal["all", "train", "val"] = "all"

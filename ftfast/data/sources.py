@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,25 @@ def open_dataset(config: DataConfig) -> ImageDataset:
     """
     if not config.path:
         raise DataError("data.path is empty. Give a table, a folder of images, tars, or a built-in set.")
-    return _side(_open_whole(config), config)
+    whole = _open_whole(config)
+    return _side(_only(whole, config.classes) if config.classes else whole, config)
+
+
+def _only(dataset: ImageDataset, classes: tuple[str, ...]) -> ImageDataset:
+    """Keep the images of some classes and number these in the order given."""
+    known = {name: label for label, name in enumerate(dataset.class_names or ())}
+    strange = [name for name in classes if name not in known]
+    if strange or dataset.labels is None:
+        near = difflib.get_close_matches(strange[0], known, n=1) if strange else []
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise DataError(
+            f"{dataset.name}: data.classes names '{(strange or classes)[0]}', which is none of its {len(known):,} "
+            f"classes.{hint}"
+        )
+    number = np.full(len(known), -1)
+    number[[known[name] for name in classes]] = np.arange(len(classes))
+    chosen = dataset.subset(np.flatnonzero(number[dataset.labels] >= 0), keep_classes=True)
+    return replace(chosen, labels=number[chosen.labels], class_names=classes)
 
 
 def _side(dataset: ImageDataset, config: DataConfig) -> ImageDataset:

@@ -111,18 +111,30 @@ def require_same(folder: Path, config: TrainConfig) -> None:
     Raises:
         CheckpointError: Naming each setting that differs.
     """
-    then = _flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
-    now = _flatten(yaml.safe_load(to_yaml(config)))
-    changed = [
-        f"{key} was {then.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME)
-    ]
+    changed = changed_settings((folder / "config.yaml").read_text(encoding="utf-8"), to_yaml(config))
     if changed:
         raise CheckpointError(
             f"--resume: {folder} was started with other settings: {'; '.join(changed)}. "
             "Resume with the same ones (ftfast train --resume FOLDER alone does), or start a new run."
         )
+
+
+def changed_settings(then: str, now: str) -> list[str]:
+    """Compare two configurations, leaving out what may change on resume.
+
+    Args:
+        then: YAML of the configuration a run was started with.
+        now: YAML of the present one.
+
+    Returns:
+        "key was X, now Y" for each setting that differs.
+    """
+    old, new = _flatten(yaml.safe_load(then)), _flatten(yaml.safe_load(now))
+    return [
+        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
+    ]
 
 
 def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,8 @@ Definitions are those of the MTIL benchmark (ZSCL, ICCV 2023; GIFT, CVPR 2025) a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,68 @@ def continual_metrics(accuracy: Any) -> ContinualMetrics:
         average=float(matrix.mean()),
         last=float(matrix[-1].mean()),
         forgetting=float((matrix[-1] - np.diag(matrix)).sum() / (tasks - 1)),
+    )
+
+
+@dataclass(frozen=True)
+class SequenceMatrix:
+    """Accuracies of one run over a sequence of tasks, in [0, 1].
+
+    Attributes:
+        tasks: Names, in the order of learning.
+        zero_shot: ``(N,)``, before anything was learned.
+        accuracy: ``(N, N)``, row = after which task, column = on which task.
+        suites: Further suites: name -> N + 1 values, the first before anything was learned.
+        seen: Class-incremental: accuracy over all classes seen so far after every task, or empty.
+    """
+
+    tasks: tuple[str, ...]
+    zero_shot: np.ndarray
+    accuracy: np.ndarray
+    suites: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    seen: tuple[float, ...] = ()
+
+    def with_zero_shot(self) -> np.ndarray:
+        """Return the ``(N + 1, N)`` matrix with the zero-shot row on top."""
+        return np.vstack([self.zero_shot, self.accuracy])
+
+    @property
+    def metrics(self) -> ContinualMetrics:
+        """Transfer, Average, Last and Forgetting of the run."""
+        return continual_metrics(self.accuracy)
+
+    @property
+    def zero_shot_metrics(self) -> ContinualMetrics:
+        """The same figures of a model that never learns: every row is the zero-shot row (MTIL's reference)."""
+        return continual_metrics(np.tile(self.zero_shot, (len(self.tasks), 1)))
+
+
+def mean_matrix(matrices: Sequence[SequenceMatrix]) -> SequenceMatrix:
+    """Mean over seeds of the same sequence.
+
+    Args:
+        matrices: At least one, over the same tasks and suites.
+
+    Returns:
+        Elementwise means.
+
+    Raises:
+        ShapeError: The matrices belong to different sequences.
+    """
+    first = matrices[0]
+    if any(matrix.tasks != first.tasks for matrix in matrices):
+        raise ShapeError("matrices of different task sequences cannot be averaged; compare runs of one order.")
+
+    def mean(values: Sequence[Any]) -> np.ndarray:
+        """Average over the runs."""
+        return np.mean(np.stack([np.asarray(value, dtype=np.float64) for value in values]), axis=0)
+
+    return SequenceMatrix(
+        tasks=first.tasks,
+        zero_shot=mean([matrix.zero_shot for matrix in matrices]),
+        accuracy=mean([matrix.accuracy for matrix in matrices]),
+        suites={name: tuple(mean([matrix.suites[name] for matrix in matrices])) for name in first.suites},
+        seen=tuple(mean([matrix.seen for matrix in matrices])),
     )
 
 

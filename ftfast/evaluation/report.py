@@ -129,7 +129,7 @@ def write_report(
             summary_table(rows) + (f"<p class=note>{html.escape(best)}</p>" if best else ""),
             wide=True,
         ),
-        *_plot_sections(target, shown),
+        *plot_sections(target, shown),
         Section("This run", _facts_html(info), wide=True),
     ]
     subtitle = " · ".join(part for part in (info.model, info.pretrained, info.data) if part)
@@ -194,7 +194,7 @@ def write_comparison(
             comparison_table(tables, {run.name: run.note for run in runs}),
             wide=True,
         ),
-        *_plot_sections(target, shown),
+        *plot_sections(target, shown),
         Section("This run", _facts_html(info), wide=True),
     ]
     last = runs[-1]
@@ -238,7 +238,7 @@ def _versus(rows: Sequence[SummaryRow], reference: Sequence[SummaryRow], name: s
     return f"; {name}: {percent(sum(row.kept for row in twins) / len(twins))} %"
 
 
-def _plot_sections(folder: Path, plots: Sequence[Plot]) -> list[Section]:
+def plot_sections(folder: Path, plots: Sequence[Plot]) -> list[Section]:
     """Write each plot's PNG and CSV, and return its box of the page."""
     sections = []
     for plot in plots:
