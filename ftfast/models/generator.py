@@ -1,0 +1,187 @@
+"""The built-in generator: a small text-conditional diffusion model of 32-pixel drawings, on top of diffusers.
+
+It denoises pixels (no autoencoder) that are folded two by two into channels, so that the network works at 16x16 and
+8x8. A prompt enters as the text features of tiny-clip-v1, added to the embedding of the time step, which scales and
+shifts every normalisation (Nichol and Dhariwal, 2021; Ho and Salimans, 2022 for the guidance). The network predicts
+the velocity (Salimans and Ho, 2022) under a cosine schedule with zero terminal signal (Lin et al., 2023), because
+drawings on white have a mean far from zero.
+
+Importing this module needs diffusers (``pip install 'ftfast[synth]'``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from torch import Tensor
+
+from ftfast.models.tiny import builtin_model_folder
+
+GENERATOR_NAME = "tiny-diffusion"
+"""Name that stands for the shipped generator wherever a pipeline is named."""
+
+PIPELINE_CLASS = "TinyDiffusionPipeline"
+"""Class name in ``model_index.json`` of a folder that only :class:`TinyDiffusionPipeline` loads."""
+
+IMAGE_SIZE = 32
+"""Height and width of the images."""
+
+TEXT_MODEL = "tiny-clip-v1"
+"""Whose text tower reads the prompts."""
+
+TEXT_WIDTH = 256
+"""Width of the text features."""
+
+FOLD = 2
+"""Pixels per side that become channels of the network."""
+
+
+def generator_folder() -> Path:
+    """Return the folder of the shipped generator; it need not exist in a checkout without weights."""
+    return Path(__file__).parent / "weights" / GENERATOR_NAME
+
+
+def build_unet() -> UNet2DConditionModel:
+    """Build the untrained network, about 4 million parameters; weights follow torch's global seed."""
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // FOLD,
+        in_channels=3 * FOLD**2,
+        out_channels=3 * FOLD**2,
+        block_out_channels=(64, 128),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2D",
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=32,
+        norm_num_groups=32,
+        resnet_time_scale_shift="scale_shift",
+        time_embedding_dim=256,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=TEXT_WIDTH,
+        cross_attention_dim=TEXT_WIDTH,  # unused: no block attends to tokens
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """Build the noise schedule: cosine, 1000 steps, velocity prediction, no signal at the last step."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=True,
+    )
+
+
+def fold(images: Tensor) -> Tensor:
+    """Move each 2x2 square of pixels into channels: (B, 3, 32, 32) to (B, 12, 16, 16)."""
+    return F.pixel_unshuffle(images, FOLD)
+
+
+def unfold(channels: Tensor) -> Tensor:
+    """Undo :func:`fold`."""
+    return F.pixel_shuffle(channels, FOLD)
+
+
+@lru_cache(maxsize=1)
+def _text_model() -> tuple[Any, Any]:
+    import open_clip
+
+    where = f"local-dir:{builtin_model_folder(TEXT_MODEL)}"
+    model = open_clip.create_model(where)
+    return model.eval().requires_grad_(False), open_clip.get_tokenizer(where)
+
+
+@torch.no_grad()
+def embed_prompts(prompts: Sequence[str]) -> Tensor:
+    """Return the condition of each prompt: normalised text features times the root of their width.
+
+    Args:
+        prompts: N prompts. The empty prompt stands for "no condition" and becomes zeros.
+
+    Returns:
+        float32 (N, 256) on the CPU; entries have about unit variance.
+    """
+    model, tokenizer = _text_model()
+    features = torch.zeros(len(prompts), TEXT_WIDTH)
+    filled = [i for i, prompt in enumerate(prompts) if prompt]
+    for part in range(0, len(filled), 512):
+        rows = filled[part : part + 512]
+        tokens = tokenizer([prompts[i] for i in rows])
+        features[rows] = model.encode_text(tokens, normalize=True) * TEXT_WIDTH**0.5
+    return features
+
+
+class TinyDiffusionPipeline(DiffusionPipeline):
+    """Prompts to 32-pixel drawings; called like any text-to-image pipeline of diffusers.
+
+    Args:
+        unet: From :func:`build_unet`.
+        scheduler: From :func:`build_scheduler`, or another scheduler for velocity prediction.
+    """
+
+    unet: Any
+    scheduler: Any
+
+    def __init__(self, unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int = 15,
+        guidance_scale: float = 3.0,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """Draw one image per prompt.
+
+        Args:
+            prompt: One prompt or N of them.
+            num_inference_steps: DDIM steps.
+            guidance_scale: Weight w of classifier-free guidance, v = v(none) + w (v(prompt) - v(none)); 1 turns it off
+                and halves the time.
+            generator: Source of the initial noise: one for all images, or one per image. DDIM adds no further noise.
+            output_type: "pil" or "pt" (float (N, 3, 32, 32) in [0, 1]).
+
+        Returns:
+            N images; the same prompt and generator state give the same image.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        device, dtype = self.unet.device, self.unet.dtype
+        condition = embed_prompts(prompts).to(device, dtype)
+        sample = self._noise(len(prompts), generator).to(device, dtype)
+        guided = guidance_scale != 1.0
+        if guided:
+            condition = torch.cat([condition, torch.zeros_like(condition)])
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        for step in self.progress_bar(self.scheduler.timesteps):
+            batch = torch.cat([sample, sample]) if guided else sample
+            velocity = self.unet(batch, step, None, class_labels=condition, return_dict=False)[0]
+            if guided:
+                with_prompt, without = velocity.chunk(2)
+                velocity = without + guidance_scale * (with_prompt - without)
+            sample = self.scheduler.step(velocity.float(), step, sample.float(), return_dict=False)[0].to(dtype)
+        images = (unfold(sample.float()) / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return ImagePipelineOutput(images=images)
+        return ImagePipelineOutput(images=self.numpy_to_pil(images.permute(0, 2, 3, 1).cpu().numpy()))
+
+    def _noise(self, count: int, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+        """Draw the initial noise, on each generator's own device."""
+        shape = (1, 3 * FOLD**2, IMAGE_SIZE // FOLD, IMAGE_SIZE // FOLD)
+        if generator is None or isinstance(generator, torch.Generator):
+            device = "cpu" if generator is None else generator.device
+            return torch.randn(count, *shape[1:], generator=generator, device=device)
+        if len(generator) != count:
+            raise ValueError(f"{len(generator)} generators for {count} prompts; give one, or one per prompt.")
+        return torch.cat([torch.randn(shape, generator=one, device=one.device) for one in generator])

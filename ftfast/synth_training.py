@@ -1,0 +1,379 @@
+"""Train the built-in generator: ``python -m ftfast.synth_training --out FOLDER``.
+
+Data: the drawings of "pairs/train" at 32 pixels, each under a random prompt with its name. The held-out hand of every
+thing, which all tests of the built-in set use, and all people are left out. A stopped run goes on when the same
+command is given again; every step draws from its own seed, so that the randomness of a resumed run is the same.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ftfast.data.builtin import load_builtin
+from ftfast.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
+from ftfast.models.exporting import atomic_folder
+from ftfast.models.tiny import TEMPLATES
+
+CHECKPOINT = "checkpoint.pt"
+_DROP_PROMPT = 0.1
+_SHEET_NAMES = (
+    "grinning face|red heart|dog face|cat|fish|red apple|pizza|hot beverage|automobile|airplane|rocket|sun|soccer ball|"
+    "guitar|house|key|hammer|laptop|flag of France|flag of Japan|flag of Brazil|red circle|blue square|umbrella"
+).split("|")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """Train the built-in generator from scratch; the defaults are the recipe of the shipped weights."""
+
+    out: str
+    """Folder to write: a diffusers pipeline. Checkpoints and sample sheets lie in FOLDER.partial until it is done."""
+    steps: int = 8000
+    """Optimizer steps."""
+    minutes: float = 100.0
+    """Longest training time; the learning rate reaches zero then, or after the last step if that comes first."""
+    batch_size: int = 64
+    """Images per step."""
+    lr: float = 1e-3
+    """Highest learning rate of AdamW: linear warm-up over 200 steps, constant, then linear to zero over the last 40 %."""
+    ema: float = 0.998
+    """Decay of the moving average of the weights, which is what is stored."""
+    seed: int = 0
+    """Seed of initial weights, order, noise and prompts."""
+    threads: int = 0
+    """CPU threads; 0: torch's default."""
+    precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
+    """Arithmetic of the network."""
+    compile: bool = True
+    """torch.compile the network: twice as fast on two cores, a minute to start, needs a C++ compiler."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+    sheet_every: int = 1000
+    """Steps between sample sheets."""
+    overwrite: bool = False
+    """Replace the folder if it exists."""
+
+
+def train_generator(config: GeneratorConfig, say: Callable[[str], None] | None = None) -> Path:
+    """Train and write the pipeline folder.
+
+    Args:
+        config: Settings.
+        say: Receives progress lines; default: standard error.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: If a setting is out of range or the folder exists.
+        MissingExtraError: Without diffusers, or without the drawings' packages.
+        CheckpointError: If the unfinished run in FOLDER.partial had other settings.
+        TrainingError: If the loss stops being finite.
+    """
+    say = say or (lambda line: print(line, file=sys.stderr, flush=True))
+    _check(config)
+    try:
+        import diffusers  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("diffusers", "synth", "Training the generator") from None
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run = _Run(config, say)
+    run.resume()
+    run.train()
+    folder = save_pipeline(Path(config.out), run.average, card_text(config, run.step, run.seconds))
+    say(f"{folder}: {run.step:,} steps, {run.seconds / 60:.0f} min")
+    return folder
+
+
+def _check(config: GeneratorConfig) -> None:
+    problems = [
+        f"{name} is {value}; it must be {need}."
+        for name, value, need, good in (
+            ("steps", config.steps, "at least 1", config.steps >= 1),
+            ("minutes", config.minutes, "positive", config.minutes > 0),
+            ("batch_size", config.batch_size, "at least 1", config.batch_size >= 1),
+            ("lr", config.lr, "positive", config.lr > 0),
+            ("ema", config.ema, "in [0, 1)", 0 <= config.ema < 1),
+            ("save_every", config.save_every, "at least 1", config.save_every >= 1),
+            ("sheet_every", config.sheet_every, "at least 1", config.sheet_every >= 1),
+        )
+        if not good
+    ]
+    if not config.out:
+        problems.append("out is empty: name the folder to write.")
+    elif Path(config.out).exists() and not config.overwrite:
+        problems.append(f"{config.out} exists. Give another --out, or --overwrite.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def training_data() -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Return the drawings of "pairs/train" at 32 pixels, uint8 (N, 3, 32, 32), their labels (N,) and the names."""
+    from ftfast.models.generator import IMAGE_SIZE
+
+    split = load_builtin("pairs/train")
+    large = torch.from_numpy(np.array(split.images)).permute(0, 3, 1, 2).float()
+    small = F.interpolate(large, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True, align_corners=False)
+    return small.round().clamp(0, 255).byte(), torch.from_numpy(split.labels), split.class_names
+
+
+class _Run:
+    """State of one training run: network, average, optimizer, step and time spent."""
+
+    def __init__(self, config: GeneratorConfig, say: Callable[[str], None]) -> None:
+        from ftfast.models.generator import TEXT_WIDTH, build_scheduler, build_unet, embed_prompts
+
+        self.config, self.say = config, say
+        self.folder = Path(f"{config.out.rstrip('/')}.partial")
+        self.images, self.labels, names = training_data()
+        prompts = [template.replace("{}", name) for template in TEMPLATES for name in names]
+        self.conditions = embed_prompts(prompts).view(len(TEMPLATES), len(names), TEXT_WIDTH)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.unet = build_unet().to(memory_format=torch.channels_last)
+            self.average = build_unet().eval().requires_grad_(False)
+        self.average.load_state_dict(self.unet.state_dict())
+        self.forward: Any = torch.compile(self.unet) if config.compile else self.unet
+        self.optimizer = torch.optim.AdamW(
+            self.unet.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
+        self.signal = build_scheduler().alphas_cumprod.float()
+        self.step, self.seconds = 0, 0.0
+
+    def progress(self) -> float:
+        """Share of the run that is done, in steps or in time, whichever is more."""
+        return min(1.0, max(self.step / self.config.steps, self.seconds / (60 * self.config.minutes)))
+
+    def rate(self) -> float:
+        """Learning rate of the next step."""
+        return self.config.lr * min(1.0, (self.step + 1) / 200, (1 - self.progress()) / 0.4)
+
+    def train(self) -> None:
+        """Run to the end, with checkpoints and sheets on the way."""
+        self.unet.train()
+        total, begin = 0.0, time.monotonic()
+        while self.progress() < 1.0:
+            rate = self.rate()
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            total += self.update()
+            self.step += 1
+            now = time.monotonic()
+            self.seconds, begin = self.seconds + now - begin, now
+            last = self.progress() >= 1.0
+            if self.step % 50 == 0:
+                if not math.isfinite(total):
+                    raise TrainingError(f"the loss became {total} at step {self.step}. Use a lower lr than {rate:.1e}.")
+                speed = self.step * self.config.batch_size / self.seconds
+                self.say(
+                    f"step {self.step}/{self.config.steps}  loss {total / 50:.4f}  lr {rate:.1e}  {speed:.0f} img/s  "
+                    f"{self.seconds / 60:.1f} min"
+                )
+                total = 0.0
+            if self.step % self.config.save_every == 0 or last:
+                self.save()
+            if self.step % self.config.sheet_every == 0 or last:
+                sample_sheet(self.average, self.folder / f"sheet-{self.step:06d}.png")
+
+    def update(self) -> float:
+        """Do one optimizer step on the velocity of noised drawings; return the loss."""
+        from ftfast.models.generator import fold
+
+        random = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
+        clean, condition = self._batch(random)
+        count = len(clean)
+        # one time step from each of B equal parts of the schedule: less variance than independent draws
+        times = ((torch.arange(count) + torch.rand(count, generator=random)) / count * len(self.signal)).long()
+        noise = torch.randn(clean.shape, generator=random)
+        keep = self.signal[times].sqrt().view(-1, 1, 1, 1)
+        lose = (1 - self.signal[times]).sqrt().view(-1, 1, 1, 1)
+        noisy = fold(keep * clean + lose * noise).contiguous(memory_format=torch.channels_last)
+        target = fold(keep * noise - lose * clean)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "amp_bf16"):
+            predicted = self.forward(noisy, times, None, class_labels=condition, return_dict=False)[0]
+        loss = F.mse_loss(predicted.float(), target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.unet.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.unet.parameters()), 1 - decay)
+        return loss.item()
+
+    def _batch(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images in [-1, 1], and conditions of which a tenth are empty."""
+        size, count = self.config.batch_size, len(self.images)
+        epoch, offset = divmod(self.step * size, count)
+        order = torch.cat([self._order(epoch + i) for i in range(2 + size // count)])
+        rows = order[offset : offset + size]
+        templates = torch.randint(len(self.conditions), (size,), generator=random)
+        condition = self.conditions[templates, self.labels[rows]]
+        dropped = torch.rand(size, 1, generator=random) < _DROP_PROMPT
+        return self.images[rows].float() / 127.5 - 1, condition.masked_fill(dropped, 0.0)
+
+    def _order(self, epoch: int) -> Tensor:
+        random = torch.Generator().manual_seed(self.config.seed * 1_000_003 + 500_000_000 + epoch)
+        return torch.randperm(len(self.images), generator=random)
+
+    def save(self) -> None:
+        """Write the checkpoint, atomically."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "config": asdict(self.config),
+            "step": self.step,
+            "seconds": self.seconds,
+            "unet": self.unet.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        temporary = self.folder / f".{CHECKPOINT}.{os.getpid()}"
+        torch.save(state, temporary)
+        os.replace(temporary, self.folder / CHECKPOINT)
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: If it is damaged or was made with other settings.
+        """
+        path = self.folder / CHECKPOINT
+        if not path.is_file():
+            return
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{path}: damaged ({type(error).__name__}). Delete {self.folder}.") from error
+        ignored = ("threads", "compile", "save_every", "sheet_every", "overwrite", "out", "minutes", "steps")
+        changed = [k for k, v in asdict(self.config).items() if k not in ignored and state["config"].get(k) != v]
+        if changed:
+            name = changed[0]
+            raise CheckpointError(
+                f"{path}: the unfinished run had {name} {state['config'].get(name)}, not {getattr(self.config, name)}. "
+                f"Give the same settings, or delete {self.folder}."
+            )
+        self.unet.load_state_dict(state["unet"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.say(f"going on at step {self.step} from {path}")
+
+
+def sample_sheet(unet: Any, path: Path, names: Sequence[str] = (), columns: int = 8) -> Path:
+    """Draw names with the generator and write one PNG, three times enlarged.
+
+    Args:
+        unet: The network.
+        path: Target.
+        names: What to draw; empty: two dozen common things.
+        columns: Images in a row.
+    """
+    from PIL import Image
+
+    from ftfast.models.generator import IMAGE_SIZE, TinyDiffusionPipeline, build_scheduler
+
+    names = names or _SHEET_NAMES
+    pipeline = TinyDiffusionPipeline(unet, build_scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    random = [torch.Generator().manual_seed(seed) for seed in range(len(names))]
+    images = pipeline([f"a drawing of a {name}." for name in names], generator=random).images
+    side, rows = 3 * IMAGE_SIZE, -(-len(names) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * side), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (i % columns * side, i // columns * side))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def save_pipeline(folder: Path, unet: Any, card: str) -> Path:
+    """Write the pipeline, weights in float16 safetensors, atomically.
+
+    Args:
+        folder: Target; replaced as a whole.
+        unet: The network; it is not changed.
+        card: Text of README.md.
+    """
+    import copy
+
+    from ftfast.models.generator import TinyDiffusionPipeline, build_scheduler
+
+    pipeline = TinyDiffusionPipeline(copy.deepcopy(unet).half(), build_scheduler())
+    with atomic_folder(folder) as work:
+        pipeline.save_pretrained(work, safe_serialization=True)
+        (work / "README.md").write_text(card, encoding="utf-8")
+        for path in work.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes it private; these are part of a package
+    return folder
+
+
+def card_text(config: GeneratorConfig, steps: int, seconds: float) -> str:
+    """Text of the model card."""
+    return _CARD.format(steps=steps, minutes=round(seconds / 60), images=steps * config.batch_size, seed=config.seed)
+
+
+_CARD = """\
+---
+library_name: diffusers
+license: cc-by-sa-4.0
+pipeline_tag: text-to-image
+---
+
+# tiny-diffusion
+
+A very small text-to-image diffusion model of 32-pixel drawings, for generative replay on the built-in data in seconds
+or minutes on a CPU. It is not useful for anything else. Made by
+`python -m ftfast.synth_training --out FOLDER --seed {seed}`: {steps:,} steps, {images:,} images, {minutes} minutes.
+
+```python
+from ftfast.models.generator import TinyDiffusionPipeline
+pipeline = TinyDiffusionPipeline.from_pretrained("FOLDER")
+pipeline("a drawing of a red apple.").images[0]
+```
+
+Prompts are read by the text tower of tiny-clip-v1, which is part of ftfast and not of this folder.
+
+## Training data and attribution
+
+Drawings of about 1,490 named things, two of three hands for each; people are left out. Names are Unicode's.
+
+* Noto Emoji, Google, Apache License 2.0.
+* Twemoji, Twitter and other contributors, CC-BY 4.0, https://creativecommons.org/licenses/by/4.0/
+* OpenMoji, the open-source emoji and icon project, CC BY-SA 4.0, https://creativecommons.org/licenses/by-sa/4.0/
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train from the command line.
+
+    Args:
+        argv: Arguments; by default those of the process.
+
+    Returns:
+        Exit code.
+    """
+    from ftfast.cli.guard import run
+    from ftfast.cli.options import parse_options
+
+    def command(arguments: Sequence[str]) -> int:
+        """Read the settings and train."""
+        print(train_generator(parse_options(GeneratorConfig, arguments, "python -m ftfast.synth_training")))
+        return 0
+
+    return run(command, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
