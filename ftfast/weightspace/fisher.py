@@ -266,7 +266,7 @@ class _Run:
                 f"them, use a loss that reaches them, or set require_full_coverage=False"
             )
         count = self.batches if self.kind == "squared_batch_gradient" else self.samples
-        values = {name: value / count for name, value in self.sink.values.items()}
+        values = {name: value.div_(count) for name, value in self.sink.values.items()}  # in place: one F in memory
         estimate = FisherEstimate(values, self.kind, self.samples, self.batches, uncovered)
         if self.options.save_path:
             estimate.save(self.options.save_path)
