@@ -7,6 +7,7 @@ finishes last writes the table.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,36 +21,17 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ftfast.config.schema import DataConfig
-from ftfast.data.images import BadImageError
 from ftfast.data.prompts import resolve_templates
 from ftfast.errors import ConfigError, DataError
 from ftfast.evaluation.results import write_atomically
-from ftfast.synth_prompts import (
-    Prompt,
-    draw,
-    image_seed,
-    prompt_pool,
-    read_list,
-    read_names,
-    without_classes,
-)
+from ftfast.synth_prompts import Prompt, draw, image_seed, prompt_pool, read_list
 from ftfast.synth_settings import SynthConfig
 from ftfast.synth_shards import Pair, encode, read_shard, remove_leftovers, shard_name, write_shard, write_table
+from ftfast.synth_sources import Generated, Item, Source, current_names, existing_pairs
 
 SETTINGS_NAME = "synth.json"
-_NOT_CONTENT = (
-    "out",
-    "overwrite",
-    "device",
-    "retries",
-    "offline",
-    "table",
-    "pipeline",
-    "generic",
-    "earlier",
-    "current",
-)
+_NOT_CONTENT = {"out", "overwrite", "device", "retries", "offline", "table"}
+_BY_EFFECT = {"pipeline", "generic", "earlier", "current"}  # these count by what they lead to: weights and prompts
 
 
 @dataclass(frozen=True)
@@ -84,22 +66,6 @@ class Progress(Protocol):
         """Show ``done`` of ``total`` pairs of this rank, ``made`` of them now in ``seconds``."""
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One pair to be made."""
-
-    index: int
-    prompt: Prompt
-    row: int | None = None
-
-
-class _Source(Protocol):
-    """Makes the images of items."""
-
-    def __call__(self, items: Sequence[_Item], attempt: int) -> list[Image.Image | None]:
-        """Return an image per item, None where there is none and another attempt may help."""
-
-
 def synthesize(
     config: SynthConfig,
     *,
@@ -129,12 +95,12 @@ def synthesize(
     rank, world = _ranks()
     _check(config, world)
     if config.from_table:
-        items, drawable, source = _from_table(config)
+        items, drawable, source = existing_pairs(config)
         identity = {"from_table": config.from_table}
     else:
         chosen = tuple(pool) if pool is not None else task_pool(config)
-        items = [_Item(i, prompt) for i, prompt in enumerate(draw(chosen, config.images, config.seed, config.task))]
-        drawable, source = len(chosen), _Lazy(config, pipeline)
+        items = [Item(i, prompt) for i, prompt in enumerate(draw(chosen, config.images, config.seed, config.task))]
+        drawable, source = len(chosen), Generated(config, pipeline)
         identity = {"pipeline": source.identity()}
     folder = _prepare_folder(config, items, identity, world)
     shards = [items[i : i + config.shard_size] for i in range(0, len(items), config.shard_size)]
@@ -167,11 +133,7 @@ def task_pool(config: SynthConfig) -> tuple[Prompt, ...]:
     (template,) = resolve_templates((config.template,))
     lists = [read_list(source, template, "generic") for source in config.generic]
     lists += [read_list(source, template, "earlier") for source in config.earlier]
-    return prompt_pool(lists, _current(config))
-
-
-def _current(config: SynthConfig) -> list[str]:
-    return [name for source in config.current for name in read_names(source)]
+    return prompt_pool(lists, current_names(config))
 
 
 def _ranks() -> tuple[int, int]:
@@ -209,13 +171,11 @@ def _check(config: SynthConfig, world: int) -> None:
         raise ConfigError(problems)
 
 
-def _prepare_folder(config: SynthConfig, items: Sequence[_Item], identity: dict[str, str], world: int) -> Path:
+def _prepare_folder(config: SynthConfig, items: Sequence[Item], identity: dict[str, str], world: int) -> Path:
     """Make the output folder, or check that it holds the beginning of the same work."""
-    import hashlib
-
     folder = Path(config.out).expanduser()
     text = "\n".join(f"{item.prompt.text}\t{item.row}" for item in items)
-    settings = {key: value for key, value in asdict(config).items() if key not in _NOT_CONTENT}
+    settings = {key: value for key, value in asdict(config).items() if key not in _NOT_CONTENT | _BY_EFFECT}
     settings |= identity | {"prompts": hashlib.sha256(text.encode()).hexdigest()[:16]}
     if folder.exists() and config.overwrite:
         _clear(folder)
@@ -223,10 +183,9 @@ def _prepare_folder(config: SynthConfig, items: Sequence[_Item], identity: dict[
     if path.is_file():
         _same_settings(folder, path, settings)
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"--out {config.out} already exists and was not begun by ftfast synth. Choose another --out, or --overwrite."
-        )
+    # hidden files: another rank may just be writing its settings
+    if folder.exists() and (not folder.is_dir() or any(not p.name.startswith(".") for p in folder.iterdir())):
+        raise ConfigError(f"--out {config.out} already exists and was not begun by ftfast synth. Choose another --out.")
     write_atomically(path, json.dumps(settings, indent=2) + "\n")
     return folder
 
@@ -250,92 +209,22 @@ def _same_settings(folder: Path, path: Path, settings: dict[str, Any]) -> None:
     if name == "prompts":
         difference = "other names or prompts"
     else:
-        difference = f"--{name.replace('_', '-')} {before.get(name)}, not {settings.get(name)}"
+        difference = f"--{name.replace('_', '-')} '{before.get(name)}', not '{settings.get(name)}'"
     raise ConfigError(
         f"--out {folder} already holds pairs made with {difference}. Give the same settings to go on with them, "
         "choose another --out, or --overwrite."
     )
 
 
-class _Lazy:
-    """Generates images; the pipeline is loaded when the first image is wanted."""
-
-    def __init__(self, config: SynthConfig, pipeline: Any) -> None:
-        from ftfast.synth_pipeline import resolve_pipeline
-
-        self.config, self.pipeline = config, pipeline
-        self.where = "" if pipeline is not None else resolve_pipeline(config.pipeline)
-        self._generator: Any = None
-
-    def identity(self) -> str:
-        """What a resumed run must agree on."""
-        from ftfast.synth_pipeline import pipeline_identity
-
-        return type(self.pipeline).__name__ if self.pipeline is not None else pipeline_identity(self.where)
-
-    def __call__(self, items: Sequence[_Item], attempt: int) -> list[Image.Image | None]:
-        """Return an image per item; None for an all-black one."""
-        if self._generator is None:
-            from ftfast.synth_pipeline import Generator, load_generator
-
-            if self.pipeline is not None:
-                self._generator = Generator(self.pipeline, self.config)
-            else:
-                self._generator = load_generator(self.config, self.where)
-        seeds = [image_seed(self.config.seed, self.config.task, item.index, attempt) for item in items]
-        images = self._generator([item.prompt.text for item in items], seeds)
-        return [image if image.getbbox() else None for image in images]  # no box: every pixel is black
-
-
-def _from_table(config: SynthConfig) -> tuple[list[_Item], int, _Source]:
-    """Choose existing pairs, without the current task's classes and without replacement."""
-    import numpy as np
-
-    from ftfast.data import class_prompts, open_dataset
-
-    dataset = open_dataset(DataConfig(path=config.from_table, min_images_per_class=1))
-    if dataset.labels is not None and dataset.class_names is not None:
-        names = [dataset.class_names[label] for label in dataset.labels]
-    elif dataset.texts is not None:
-        names = dataset.texts
-    else:
-        raise DataError(f"--from-table {config.from_table}: the images have neither captions nor classes.")
-    allowed = without_classes(names, _current(config))
-    if not allowed:
-        raise ConfigError(f"--from-table {config.from_table}: every pair belongs to the current task; none is left.")
-    random = np.random.default_rng([config.seed, config.task])
-    rows = [allowed[i] for i in random.permutation(len(allowed))[: config.images]]
-    if dataset.texts is not None and dataset.texts != names:
-        captions = [dataset.texts[row] for row in rows]
-    else:
-        captions = [text for (text,) in class_prompts([names[row] for row in rows], (config.template,))]
-    items = [
-        _Item(index, Prompt(caption, names[row], "table"), row)
-        for index, (row, caption) in enumerate(zip(rows, captions, strict=True))
-    ]
-
-    def load(items: Sequence[_Item], attempt: int) -> list[Image.Image | None]:
-        """Decode the images; None for one that cannot be decoded."""
-        images: list[Image.Image | None] = []
-        for item in items:
-            try:
-                images.append(dataset.load_image(item.row or 0))
-            except BadImageError:
-                images.append(None)
-        return images
-
-    return items, len(allowed), load
-
-
 class _Maker:
     """Makes the tars of one rank."""
 
-    def __init__(self, config: SynthConfig, source: _Source, folder: Path, progress: Progress | None) -> None:
+    def __init__(self, config: SynthConfig, source: Source, folder: Path, progress: Progress | None) -> None:
         self.config, self.source, self.folder = config, source, folder
         self.progress: Callable[..., None] = progress or (lambda *state: None)
         self.made, self.seconds = 0, 0.0
 
-    def run(self, shards: Sequence[Sequence[_Item]], rank: int, world: int) -> None:
+    def run(self, shards: Sequence[Sequence[Item]], rank: int, world: int) -> None:
         """Make every missing tar of this rank."""
         mine = [(number, items) for number, items in enumerate(shards) if number % world == rank]
         total, done = sum(len(items) for _, items in mine), 0
@@ -362,7 +251,7 @@ class _Maker:
             write_shard(self.folder, pairs, contents)
             self.made -= len(items) - len(pairs)
 
-    def _batch(self, items: Sequence[_Item]) -> list[tuple[_Item, Image.Image, int]]:
+    def _batch(self, items: Sequence[Item]) -> list[tuple[Item, Image.Image, int]]:
         """Make the images of a batch; those that fail get new seeds, together, and are left out in the end."""
         waiting, ready = list(items), []
         for attempt in range(1 if self.config.from_table else 1 + self.config.retries):
@@ -373,7 +262,7 @@ class _Maker:
                 break
         return sorted(ready, key=lambda made: made[0].index)
 
-    def _pair(self, item: _Item, file: str, shard: str, attempt: int) -> Pair:
+    def _pair(self, item: Item, file: str, shard: str, attempt: int) -> Pair:
         seed = None if item.row is not None else image_seed(self.config.seed, self.config.task, item.index, attempt)
         return Pair(file, item.prompt.text, item.prompt.name, seed, shard, item.prompt.source, attempt)
 

@@ -134,8 +134,7 @@ class Generator:
         refused = [name for name in self.options if name not in accepted]
         if refused:
             raise ConfigError(f"--pipeline: {kind} has no option {refused[0]}; leave the flag away.")
-        self.one_generator_each = "generator" in accepted
-        if not self.one_generator_each:
+        if "generator" not in accepted:
             raise ConfigError(f"--pipeline: {kind} takes no generator, so its images could not be repeated.")
         _set_scheduler(pipeline, config)
         if hasattr(pipeline, "set_progress_bar_config"):
@@ -202,7 +201,7 @@ def load_generator(config: SynthConfig, where: str) -> Generator:
     except Exception as error:  # OSError, ValueError, ImportError, hub and safetensors errors: all say what is wrong
         first = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"--pipeline {where}: cannot be loaded ({type(error).__name__}: {first}). It needs all parts as safetensors: "
-            "download the pipeline again, or convert it with save_pretrained(FOLDER, safe_serialization=True)."
+            f"--pipeline {where}: cannot be loaded ({type(error).__name__}: {first}). Every part must "
+            "be there as safetensors: download it again, or convert it with save_pretrained(safe_serialization=True)."
         ) from error
     return Generator(pipeline.to(device), config)

@@ -18,7 +18,7 @@ class SynthConfig:
     pipeline: str = STABLE_DIFFUSION
     """Folder or hub name of a diffusers pipeline, or the built-in "tiny-diffusion" (32-pixel drawings)."""
     generic: tuple[str, ...] = ("imagenet",)
-    """Generic class names: "imagenet", a .txt file with a name a line, data with classes, or "none"; may be repeated."""
+    """Generic class names: "imagenet", a .txt file with a name a line, data with classes, "none"; may be repeated."""
     earlier: tuple[str, ...] = ()
     """Class names of an earlier task, likewise; "flowers/|{}, a type of flower." sets its prompt; may be repeated."""
     current: tuple[str, ...] = ()

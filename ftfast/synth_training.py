@@ -23,15 +23,10 @@ from torch import Tensor
 
 from ftfast.data.builtin import load_builtin
 from ftfast.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
-from ftfast.models.exporting import atomic_folder
 from ftfast.models.tiny import TEMPLATES
 
 CHECKPOINT = "checkpoint.pt"
 _DROP_PROMPT = 0.1
-_SHEET_NAMES = (
-    "grinning face|red heart|dog face|cat|fish|red apple|pizza|hot beverage|automobile|airplane|rocket|sun|soccer ball|"
-    "guitar|house|key|hammer|laptop|flag of France|flag of Japan|flag of Brazil|red circle|blue square|umbrella"
-).split("|")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +42,7 @@ class GeneratorConfig:
     batch_size: int = 64
     """Images per step."""
     lr: float = 1e-3
-    """Highest learning rate of AdamW: linear warm-up over 200 steps, constant, then linear to zero over the last 40 %."""
+    """Highest learning rate of AdamW: linear warm-up over 200 steps, linear to zero over the last 40 %."""
     ema: float = 0.998
     """Decay of the moving average of the weights, which is what is stored."""
     seed: int = 0
@@ -90,6 +85,8 @@ def train_generator(config: GeneratorConfig, say: Callable[[str], None] | None =
         raise MissingExtraError("diffusers", "synth", "Training the generator") from None
     if config.threads:
         torch.set_num_threads(config.threads)
+    from ftfast.models.generator import save_pipeline
+
     run = _Run(config, say)
     run.resume()
     run.train()
@@ -163,6 +160,8 @@ class _Run:
 
     def train(self) -> None:
         """Run to the end, with checkpoints and sheets on the way."""
+        from ftfast.models.generator import sample_sheet
+
         self.unet.train()
         total, begin = 0.0, time.monotonic()
         while self.progress() < 1.0:
@@ -269,54 +268,6 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.say(f"going on at step {self.step} from {path}")
-
-
-def sample_sheet(unet: Any, path: Path, names: Sequence[str] = (), columns: int = 8) -> Path:
-    """Draw names with the generator and write one PNG, three times enlarged.
-
-    Args:
-        unet: The network.
-        path: Target.
-        names: What to draw; empty: two dozen common things.
-        columns: Images in a row.
-    """
-    from PIL import Image
-
-    from ftfast.models.generator import IMAGE_SIZE, TinyDiffusionPipeline, build_scheduler
-
-    names = names or _SHEET_NAMES
-    pipeline = TinyDiffusionPipeline(unet, build_scheduler())
-    pipeline.set_progress_bar_config(disable=True)
-    random = [torch.Generator().manual_seed(seed) for seed in range(len(names))]
-    images = pipeline([f"a drawing of a {name}." for name in names], generator=random).images
-    side, rows = 3 * IMAGE_SIZE, -(-len(names) // columns)
-    sheet = Image.new("RGB", (columns * side, rows * side), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (i % columns * side, i // columns * side))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-    return path
-
-
-def save_pipeline(folder: Path, unet: Any, card: str) -> Path:
-    """Write the pipeline, weights in float16 safetensors, atomically.
-
-    Args:
-        folder: Target; replaced as a whole.
-        unet: The network; it is not changed.
-        card: Text of README.md.
-    """
-    import copy
-
-    from ftfast.models.generator import TinyDiffusionPipeline, build_scheduler
-
-    pipeline = TinyDiffusionPipeline(copy.deepcopy(unet).half(), build_scheduler())
-    with atomic_folder(folder) as work:
-        pipeline.save_pretrained(work, safe_serialization=True)
-        (work / "README.md").write_text(card, encoding="utf-8")
-        for path in work.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes it private; these are part of a package
-    return folder
 
 
 def card_text(config: GeneratorConfig, steps: int, seconds: float) -> str:

@@ -11,6 +11,7 @@ Importing this module needs diffusers (``pip install 'ftfast[synth]'``).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor
 
+from ftfast.models.exporting import atomic_folder
 from ftfast.models.tiny import builtin_model_folder
 
 GENERATOR_NAME = "tiny-diffusion"
@@ -40,6 +43,33 @@ TEXT_WIDTH = 256
 
 FOLD = 2
 """Pixels per side that become channels of the network."""
+
+_SHEET_NAMES = (
+    "grinning face",
+    "red heart",
+    "dog face",
+    "cat",
+    "fish",
+    "red apple",
+    "pizza",
+    "hot beverage",
+    "automobile",
+    "airplane",
+    "rocket",
+    "sun",
+    "soccer ball",
+    "guitar",
+    "house",
+    "key",
+    "hammer",
+    "laptop",
+    "flag of France",
+    "flag of Japan",
+    "flag of Brazil",
+    "red circle",
+    "blue square",
+    "umbrella",
+)
 
 
 def generator_folder() -> Path:
@@ -185,3 +215,43 @@ class TinyDiffusionPipeline(DiffusionPipeline):
         if len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} prompts; give one, or one per prompt.")
         return torch.cat([torch.randn(shape, generator=one, device=one.device) for one in generator])
+
+
+def sample_sheet(unet: Any, path: Path, names: Sequence[str] = (), columns: int = 8) -> Path:
+    """Draw names with the generator and write one PNG, three times enlarged.
+
+    Args:
+        unet: The network.
+        path: Target.
+        names: What to draw; empty: two dozen common things.
+        columns: Images in a row.
+    """
+    names = names or _SHEET_NAMES
+    pipeline = TinyDiffusionPipeline(unet, build_scheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    random = [torch.Generator().manual_seed(seed) for seed in range(len(names))]
+    images = pipeline([f"a drawing of a {name}." for name in names], generator=random).images
+    side, rows = 3 * IMAGE_SIZE, -(-len(names) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * side), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (i % columns * side, i // columns * side))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+    return path
+
+
+def save_pipeline(folder: Path, unet: Any, card: str) -> Path:
+    """Write the pipeline, weights in float16 safetensors, atomically.
+
+    Args:
+        folder: Target; replaced as a whole.
+        unet: The network; it is not changed.
+        card: Text of README.md.
+    """
+    pipeline = TinyDiffusionPipeline(copy.deepcopy(unet).half(), build_scheduler())
+    with atomic_folder(folder) as work:
+        pipeline.save_pretrained(work, safe_serialization=True)
+        (work / "README.md").write_text(card, encoding="utf-8")
+        for path in work.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors makes it private; these are part of a package
+    return folder
