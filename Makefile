@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 SOURCES := ftfast kernels benchmarks tests examples setup.py
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench sanitize install clean
 
 demo: $(VENV)/.demo
 	$(BIN)/ftfast demo --overwrite
@@ -23,6 +23,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks losses
 	$(BIN)/python -m benchmarks topk
 	$(BIN)/python -m benchmarks weightspace
+
+# The C++ search under AddressSanitizer and UBSan, all of its tests and 2,000 fuzz cases.
+sanitize: $(VENV)/.dev
+	FTFAST_FUZZ_CASES=2000 $(BIN)/python csrc/check_sanitized.py
 
 install: $(VENV)/.dev
 

@@ -19,8 +19,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["module.cpp", "search.cpp", "shadow.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp"]
-HEADERS = ["topk.h", "kernels.h", "common_impl.h", "avx512_tile.h"]
+SOURCES = ["module.cpp", "search.cpp", "queries.cpp", "shadow.cpp", "portable.cpp", "avx2.cpp", "avx512.cpp"]
+HEADERS = ["topk.h", "kernels.h", "queries.h", "common_impl.h", "avx512_tile.h"]
 ARCHITECTURES = ("80", "90", "100")
 
 

@@ -118,6 +118,7 @@ def methods(gallery: np.ndarray, queries: np.ndarray, k: int, usearch: bool) -> 
     x, q = torch.from_numpy(gallery).to(device), torch.from_numpy(queries).to(device)
     if device == "cuda":
         table["ftfast topk"] = lambda: topk(q, x, k, metric="ip")[1]
+        add_gpu_peers(table, x, q, k)
     elif extension() is not None:
         index = ExactIndex(gallery.shape[1])
         index.add(gallery)
@@ -157,6 +158,23 @@ def add_faiss(table: dict[str, Callable[[], Any]], gallery: np.ndarray, queries:
 
     table["faiss IndexFlatIP"] = lambda: index.search(queries, k)[1]
     table["faiss IndexFlatIP, tuned"] = tuned
+
+
+def add_gpu_peers(table: dict[str, Callable[[], Any]], x: torch.Tensor, q: torch.Tensor, k: int) -> None:
+    """faiss-gpu and cuVS brute force, where they are installed; both read the tensors in place."""
+    with contextlib.suppress(ImportError, AttributeError):
+        import faiss
+        import faiss.contrib.torch_utils
+
+        index = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), x.shape[1])
+        index.add(x)
+        table["faiss GpuIndexFlatIP"] = lambda: index.search(q, k)[1]
+    with contextlib.suppress(ImportError):
+        import cupy
+        from cuvs.neighbors import brute_force
+
+        built = brute_force.build(cupy.from_dlpack(x), metric="inner_product")
+        table["cuVS brute force"] = lambda: torch.as_tensor(brute_force.search(built, cupy.from_dlpack(q), k)[1])
 
 
 def recall(found: Any, gallery: np.ndarray, queries: np.ndarray) -> float:

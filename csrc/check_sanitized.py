@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("module", "search", "shadow", "portable", "avx2", "avx512")
+SOURCES = ("module", "search", "queries", "shadow", "portable", "avx2", "avx512")
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fopenmp", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 RUN = """

@@ -10,7 +10,7 @@
 #include <omp.h>
 #endif
 
-#include "kernels.h"
+#include "queries.h"
 
 namespace ftfast {
 
@@ -26,17 +26,6 @@ constexpr int64_t kScanQueries = 8;      // up to here, without a shadow, a plai
 
 bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
 
-// What a query contributes to the bound; see topk.h. Everything is in units of the scale of its copy q'.
-struct Query {
-  const float* values = nullptr;  // float32, as stored
-  double inverse_scale = 1.0;
-  double norm = 0.0;    // |q|, before centring (cosine needs it)
-  double square = 0.0;  // |q - mean|^2 (l2)
-  double shift = 0.0;   // q . mean (ip, cosine)
-  double slack = 0.0;   // float64 rounding of scores and of the quantities above
-  bool wild = false;    // not finite or out of range: every row is rescored
-};
-
 struct Pending {
   float bound;
   int64_t id;
@@ -48,30 +37,6 @@ struct State {
   int count = 0;
 };
 
-struct QueryTile {
-  std::vector<uint8_t> values;  // [step][width][4 bytes]
-  float residual_weight[kTile], norm_weight[kTile], offset_weight[kTile];
-  int32_t start[kTile];
-};
-
-float round_down(double value) {
-  const float result = static_cast<float>(value);
-  return std::nextafterf(result, -kInfinity);
-}
-
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
-
-float from_bf16(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
 enum class Source { shadow, blocks, rows };
 
 class Search {
@@ -79,15 +44,7 @@ class Search {
   Search(const Matrix& queries, const Matrix& gallery, const Shadow& shadow, Source source, const Options& options,
          const Kernels& kernels)
       : gallery_(gallery), shadow_(shadow), ready_(source == Source::shadow), scan_(source == Source::rows),
-        options_(options), kernels_(kernels), count_(queries.rows) {
-    width_ = count_ > 4 ? kTile : count_ > 2 ? 4 : static_cast<int>(count_);
-    values_.resize(static_cast<size_t>(count_ * gallery.width));
-    kernels.to_float(queries.data, queries.type, count_ * gallery.width, values_.data());
-    queries_.resize(static_cast<size_t>(count_));
-    tiles_.resize(static_cast<size_t>((count_ + width_ - 1) / width_));
-    for (auto& tile : tiles_) tile = QueryTile{};
-    for (int64_t i = 0; i < count_; ++i) prepare(i);
-  }
+        options_(options), kernels_(kernels), batch_(queries, gallery, shadow, options.metric, scan_, kernels) {}
 
   void run(std::vector<std::vector<Hit>>& results, int64_t first_result, int64_t first_query, Counters& counters);
 
@@ -101,15 +58,11 @@ class Search {
     Counters counters;
   };
 
-  void prepare(int64_t index);
-  void encode_query(int64_t index, const std::vector<double>& centred, double norm, Query& query);
-  float threshold(const Query& query, double score) const;
   void work(Worker& worker, const Chunk& chunk, int64_t first_row, int64_t rows);
   void work_scan(Worker& worker, int64_t first_row, int64_t rows);
   void collect(Worker& worker, const Tile& tile, int64_t tile_index, int64_t first_row, int64_t rows);
   void push(Worker& worker, int64_t query, int64_t row, float bound);
   void flush(Worker& worker, int64_t query);
-  double score(const Query& query, int64_t row, float* scratch) const;
   bool allowed(int64_t query, int64_t row) const;
   void loop(std::vector<Worker>& workers);
   void pack(std::vector<Chunk>& scratch, int64_t first, int64_t last, int self, int team) const;
@@ -121,127 +74,17 @@ class Search {
   const bool scan_;   // no copy at all: plain products of the stored rows
   const Options& options_;
   const Kernels& kernels_;
-  const int64_t count_;
   int64_t first_query_ = 0;  // of this batch, for masks
-  int width_ = kTile;
-  std::vector<float> values_;
-  std::vector<Query> queries_;
-  std::vector<QueryTile> tiles_;
+  QueryBatch batch_;
+  const int64_t count_ = batch_.count;
+  const int width_ = batch_.tile_width;  // queries per tile
 };
-
-void Search::prepare(int64_t index) {
-  Query& query = queries_[index];
-  const int64_t width = gallery_.width;
-  query.values = values_.data() + index * width;
-  query.norm = std::sqrt(kernels_.dot(query.values, query.values, width, nullptr));
-  query.wild = !(query.norm == 0.0 || (query.norm > 0x1p-40 && query.norm < 0x1p40));
-  std::vector<double> centred(static_cast<size_t>(width), 0.0);
-  double norm = 0.0;
-  if (!query.wild) {
-    const bool shifted = options_.metric == Metric::l2;
-    for (int64_t j = 0; j < width; ++j) {
-      const double mean = shadow_.mean[j];
-      centred[j] = shifted ? query.values[j] - mean : query.values[j];
-      query.shift += query.values[j] * mean;
-      norm += centred[j] * centred[j];
-    }
-    query.square = norm;
-    norm = std::sqrt(norm);
-    const double ulps = static_cast<double>(width + 16) * 0x1p-50;
-    const double reach = options_.metric == Metric::cosine ? 1.0 + shadow_.mean_norm : shadow_.mean_norm;
-    query.slack = ulps * (shifted ? query.square + query.norm * shadow_.mean_norm : query.norm * reach);
-  }
-  if (!scan_) encode_query(index, centred, norm, query);
-  if (scan_) {
-    // The scan multiplies stored float32 values; |x| is computed on the way, so one weight holds all rounding.
-    QueryTile& tile = tiles_[index / width_];
-    const int c = static_cast<int>(index % width_);
-    tile.norm_weight[c] = static_cast<float>(norm * static_cast<double>(width + 32) * 0x1p-22 + 0x1p-90);
-  }
-}
-
-void Search::encode_query(int64_t index, const std::vector<double>& centred, double norm, Query& query) {
-  QueryTile& tile = tiles_[index / width_];
-  const int c = static_cast<int>(index % width_);
-  const int64_t width = gallery_.width, padded = shadow_.padded();
-  if (tile.values.empty()) tile.values.assign(static_cast<size_t>(shadow_.steps * width_ * 4), 0);
-  double largest = 0.0;
-  for (double value : centred) largest = std::max(largest, std::fabs(value));
-  const bool int8 = shadow_.mode == Mode::int8;
-  const double scale = int8 && largest > 0x1p-90 ? largest / 127.0 : 1.0;
-  double lost = 0.0, kept = 0.0;
-  int32_t sum = 0;
-  const int64_t group = int8 ? 4 : shadow_.mode == Mode::bf16 ? 2 : 1;
-  for (int64_t j = 0; j < padded; ++j) {
-    const double value = j < width ? centred[j] : 0.0;
-    uint8_t* target = tile.values.data() + ((j / group) * width_ + c) * 4 + (j % group) * (4 / group);
-    double copy;
-    if (int8) {
-      const int rounded = static_cast<int>(std::nearbyint(value / scale));
-      *target = static_cast<uint8_t>(static_cast<int8_t>(rounded));
-      sum += rounded;
-      copy = scale * rounded;
-    } else if (shadow_.mode == Mode::bf16) {
-      const uint16_t rounded = to_bf16(static_cast<float>(value));
-      std::memcpy(target, &rounded, 2);
-      copy = from_bf16(rounded);
-    } else {
-      const float rounded = static_cast<float>(value);
-      std::memcpy(target, &rounded, 4);
-      copy = rounded;
-    }
-    lost += (value - copy) * (value - copy);
-    kept += copy * copy;
-  }
-  lost = std::sqrt(lost);
-  kept = std::sqrt(kept);
-  // Rounding of the products: exact for int8 apart from the conversion, else one rounding per term; and of the bound's
-  // own sum, relative to each of its terms.
-  const double terms = int8 ? 8.0 : static_cast<double>(padded + 16);
-  query.inverse_scale = 1.0 / scale;
-  tile.start[c] = -128 * sum;
-  tile.residual_weight[c] = static_cast<float>((norm * (1.0 + 0x1p-18)) / scale + 0x1p-60);
-  tile.norm_weight[c] =
-      static_cast<float>((lost * (1.0 + 0x1p-18) + terms * 0x1p-22 * (kept + norm) + norm * 0x1p-20) / scale + 0x1p-60);
-  tile.offset_weight[c] = static_cast<float>((1.0 - 0x1p-18) / scale);
-}
-
-// The smallest bound that a row with at least this float64 score can have, in the kernel's units.
-float Search::threshold(const Query& query, double score) const {
-  if (query.wild || !std::isfinite(score)) return score > 0.0 && !query.wild ? kInfinity : -kInfinity;
-  double value;
-  if (options_.metric == Metric::l2) {
-    value = 0.5 * (query.square + score);
-    value -= query.slack + static_cast<double>(gallery_.width + 16) * 0x1p-50 * std::fabs(score);
-  } else if (options_.metric == Metric::cosine) {
-    value = query.norm * score - query.shift - query.slack;
-  } else {
-    value = score - query.shift - query.slack - 0x1p-50 * std::fabs(score);
-  }
-  return round_down((value - 0x1p-20 * 0x1p-20 * std::fabs(value)) * query.inverse_scale);
-}
 
 bool Search::allowed(int64_t query, int64_t row) const {
   const int64_t index = first_query_ + query;
   if (options_.exclude != nullptr && options_.exclude[index] == row) return false;
   if (options_.mask == nullptr) return true;
   return options_.mask[options_.mask_per_query ? index * gallery_.rows + row : row] != 0;
-}
-
-double Search::score(const Query& query, int64_t row, float* scratch) const {
-  const float* x;
-  if (gallery_.type == Type::f32) {
-    x = static_cast<const float*>(gallery_.row(row));
-  } else {
-    kernels_.to_float(gallery_.row(row), gallery_.type, gallery_.width, scratch);
-    x = scratch;
-  }
-  if (options_.metric == Metric::l2) return -kernels_.distance(query.values, x, gallery_.width);
-  if (options_.metric == Metric::ip) return kernels_.dot(query.values, x, gallery_.width, nullptr);
-  double square;
-  const double product = kernels_.dot(query.values, x, gallery_.width, &square);
-  const double scale = query.norm * std::sqrt(square);
-  return scale == 0.0 ? 0.0 : product / scale;
 }
 
 void Search::push(Worker& worker, int64_t query, int64_t row, float bound) {
@@ -271,7 +114,7 @@ void Search::flush(Worker& worker, int64_t query) {
       const char* next = static_cast<const char*>(gallery_.row(state.pending[i + 1].id));
       for (int64_t at = 0; at < row_bytes; at += 64) __builtin_prefetch(next + at);
     }
-    const Hit hit{score(queries_[query], state.pending[i].id, worker.row.data()), state.pending[i].id};
+    const Hit hit{batch_.score(query, state.pending[i].id, worker.row.data()), state.pending[i].id};
     ++worker.counters.rescored;
     if (std::isnan(hit.score)) continue;
     if (options_.range) {
@@ -291,7 +134,7 @@ void Search::flush(Worker& worker, int64_t query) {
     } else {
       continue;
     }
-    if (state.heap.size() == k) limit = threshold(queries_[query], state.heap.front().score);
+    if (state.heap.size() == k) limit = batch_.threshold(query, state.heap.front().score);
   }
   state.count = 0;
 }
@@ -322,7 +165,7 @@ void Search::work(Worker& worker, const Chunk& chunk, int64_t first_row, int64_t
   for (int64_t block = begin; block < end; block += per_block) {
     const int64_t block_end = std::min(end, block + per_block);
     for (int64_t t = worker.tile_begin; t < worker.tile_end; ++t) {
-      const QueryTile& query = tiles_[t];
+      const QueryTile& query = batch_.tiles[t];
       float* limits = worker.thresholds.data() + (t - worker.tile_begin) * width_;
       for (int64_t p = block; p < block_end; p += kMaxPanels) {
         const Tile tile{chunk.panels.get() + p * shadow_.panel_bytes(), shadow_.panel_bytes(),
@@ -357,10 +200,10 @@ void Search::work_scan(Worker& worker, int64_t first_row, int64_t rows) {
     for (int64_t q = first; q < last; q += 4) {
       const int queries = static_cast<int>(std::min<int64_t>(4, last - q));
       const float* values[4];
-      for (int c = 0; c < queries; ++c) values[c] = queries_[q + c].values;
+      for (int c = 0; c < queries; ++c) values[c] = batch_.queries[q + c].values;
       kernels_.scan(pointers, height, values, queries, width, dots, squares);
       for (int c = 0; c < queries; ++c) {
-        const QueryTile& tile = tiles_[(q + c) / width_];
+        const QueryTile& tile = batch_.tiles[(q + c) / width_];
         const float weight = tile.norm_weight[(q + c) % width_];
         const float limit = worker.thresholds[q + c - first];
         for (int r = 0; r < height; ++r) {
@@ -385,7 +228,7 @@ void Search::work_scan(Worker& worker, int64_t first_row, int64_t rows) {
 // Threads first share the queries, which keeps one running threshold per query; when there are more threads than query
 // tiles, the rest of them share the gallery.
 std::vector<Search::Worker> Search::plan() const {
-  const int64_t tiles = static_cast<int64_t>(tiles_.size());
+  const int64_t tiles = static_cast<int64_t>(batch_.tiles.size());
   // Waking a thread costs more than a small search.
   const int64_t useful = 1 + count_ * gallery_.rows * gallery_.width / kWorkPerThread;
   const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(options_.threads, useful)));
@@ -413,7 +256,7 @@ std::vector<Search::Worker> Search::plan() const {
         // One float32 step of room: a score above or below the radius may round to the same float32.
         const double toward = options_.metric == Metric::l2 ? kInfinity : -kInfinity;
         const double radius = std::nextafterf(options_.radius, static_cast<float>(toward));
-        worker.thresholds[q - first] = threshold(queries_[q], options_.metric == Metric::l2 ? -radius : radius);
+        worker.thresholds[q - first] = batch_.threshold(q, options_.metric == Metric::l2 ? -radius : radius);
       }
     }
   return workers;

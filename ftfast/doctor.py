@@ -144,11 +144,12 @@ def _weight_backend(kind: str) -> tuple[str, str]:
 
 
 def _search(kind: str) -> dict[str, str]:
+    from ftfast.search.cuda import describe_cuda
     from ftfast.search.native import describe, extension
 
     if kind == "cpu":
         return _row("search.topk", kind, "native" if extension() is not None else "torch", describe())
-    return _row("search.topk", kind, "torch", "blocks of float64 products on the GPU")
+    return _row("search.topk", kind, *describe_cuda())
 
 
 def as_text(report: dict[str, Any], checks: Sequence[Check] = ()) -> str:

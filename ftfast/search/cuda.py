@@ -140,6 +140,19 @@ def cuda_kernels_available() -> bool:
     return find_launcher() is not None
 
 
+def describe_cuda() -> tuple[str, str]:
+    """The backend that searches CUDA tensors here and why, for ``ftfast doctor``."""
+    launcher = find_launcher()
+    if isinstance(launcher, DriverLauncher):
+        return "native", "tensor-core prefilter; kernels compiled by nvcc when ftfast was installed"
+    if launcher is not None:
+        return "native", "tensor-core prefilter; kernels compiled by NVRTC through CuPy"
+    return (
+        "torch",
+        "blocks of float64 products: no nvcc at install, and no CuPy (pip install cupy-cuda12x)",
+    )
+
+
 def tensor_core_product(queries: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """(Q, B) float32 products of two low-precision matrices."""
     return torch.mm(queries, rows.T, out_dtype=torch.float32)
