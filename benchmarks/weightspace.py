@@ -2,7 +2,8 @@
 
 Peers: the penalty written in autograd operations (as Avalanche's EWC does), PyTorch's foreach operations, PyTorch's
 fused AdamW (which has no anchor), one backward pass per sample, ``torch.func`` per-sample gradients, and BackPACK where
-it is installed. All implementations of a case are timed by turns in one process; read the ratios, not the milliseconds.
+it is installed. The case "flat" is the penalty on one tensor of the same size, like a ZeRO shard. All implementations
+of a case are timed by turns in one process; read the ratios, not the milliseconds.
 """
 
 from __future__ import annotations
@@ -77,13 +78,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", default="ViT-B-32", help="open_clip model whose parameter shapes the lists have")
     parser.add_argument("--repeats", type=int, default=7, help="rounds per case")
     parser.add_argument("--seconds", type=float, default=60.0, help="stop a case after the round that passes this")
-    parser.add_argument("--only", default="", help="penalty, step, accumulate, linear, backpack or tower")
+    parser.add_argument("--only", default="", help="one of the cases, such as penalty")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing is written")
     options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = shapes_of("" if options.smoke else options.model)
+    parameters = sum(torch.Size(shape).numel() for shape in shapes)
     makers: dict[str, Callable[[], tuple[Table, int | None]]] = {
         "penalty": lambda: penalty_cases(shapes, device),
+        "flat": lambda: penalty_cases([(parameters,)], device),
         "step": lambda: step_cases(shapes, device),
         "accumulate": lambda: accumulate_cases(shapes, device),
         "linear": lambda: (linear_cases(device, options.smoke), None),
@@ -100,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
             table, moved = make()
             facts = {"rows": measure(case, table, moved, options, device), "environment": environment(device)}
             if moved is not None:
-                facts |= {"tensors": len(shapes), "parameters": sum(torch.Size(s).numel() for s in shapes)}
+                facts |= {"tensors": 1 if case == "flat" else len(shapes), "parameters": parameters}
             if not options.smoke:
                 record({case: facts}, device)
             del table
