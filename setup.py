@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -127,7 +127,8 @@ def extensions() -> list[Extension]:
 
 
 setup(
-    packages=[*find_packages(include=["ftfast", "ftfast.*"]), "ftfast.kernels"],
+    # Folders of presets and weights count as packages, too: their files are installed.
+    packages=[*find_namespace_packages(include=["ftfast", "ftfast.*"], exclude=["*__pycache__*"]), "ftfast.kernels"],
     package_dir={"ftfast": "ftfast", "ftfast.kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},

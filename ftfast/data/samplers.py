@@ -6,6 +6,7 @@ processes do equal work and no image is seen twice in one global batch.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -15,7 +16,7 @@ import numpy as np
 from ftfast.data.dataset import ImageDataset
 from ftfast.errors import DataError
 
-SamplerName = Literal["shuffle", "class_balanced", "no_duplicate_text"]
+SamplerName = Literal["shuffle", "class_balanced", "no_duplicate_text", "hard_negative"]
 
 
 class BatchPlan(Protocol):
@@ -35,6 +36,8 @@ class LoaderOptions:
 
     images_per_class: int = 4
     """Images of each class in a class-balanced batch."""
+    neighbours: np.ndarray | None = None
+    """(N, K) int64 hard negatives of every image (`ftfast.search.hard_negatives`), -1 where there are fewer."""
     rank: int = 0
     """Number of this process."""
     world_size: int = 1
@@ -225,6 +228,77 @@ class DistinctTextPlan:
         return [dealt[b :: self._steps][: self._batch_size] for b in rng.permutation(self._steps)]
 
 
+class HardNegativePlan:
+    """Batches of images that the model confuses: each is grown along the hard negatives of its own members.
+
+    A batch starts at the next image of the epoch's order, takes that image's hard negatives, then theirs, and so on,
+    until it is full; where they run out, the next image of the order starts anew. Every image comes at most once in an
+    epoch, and no caption twice in a batch, unless only its own twins are left to fill the batch.
+
+    Args:
+        neighbours: (N, K) int64 negatives of each image, hardest first, -1 for none.
+        size: Number of images.
+        batch_size: Global batch size.
+        seed: Seed of the order.
+        texts: Caption of each image, if there are any.
+
+    Raises:
+        DataError: `neighbours` has other than one row per image, or names an image that does not exist.
+    """
+
+    def __init__(
+        self, neighbours: np.ndarray, size: int, batch_size: int, seed: int, texts: Sequence[str] | None = None
+    ) -> None:
+        if neighbours.ndim != 2 or len(neighbours) != size:
+            raise DataError(f"LoaderOptions.neighbours has shape {neighbours.shape}; the data has {size} images.")
+        if neighbours.size and not -1 <= neighbours.min() <= neighbours.max() < size:
+            wrong = neighbours.max() if neighbours.max() >= size else neighbours.min()
+            raise DataError(
+                f"LoaderOptions.neighbours names image {wrong}, but the data has images 0 to {size - 1} (-1: none)."
+            )
+        self._neighbours = neighbours.tolist()
+        self._texts = list(texts) if texts is not None else None
+        self._batch_size, self._seed = batch_size, seed
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of full batches."""
+        return len(self._neighbours) // self._batch_size
+
+    def epoch(self, epoch: int) -> list[np.ndarray]:
+        """Return the batches of ``epoch``; the hardest stand next to each other."""
+        order = deque(_generator(self._seed, epoch).permutation(len(self._neighbours)).tolist())
+        free = [True] * len(order)
+        return [self._grow(order, free) for _ in range(self.steps_per_epoch)]
+
+    def _grow(self, order: deque[int], free: list[bool]) -> np.ndarray:
+        batch: list[int] = []
+        captions: set[str] = set()
+        waiting: deque[int] = deque()  # negatives of members, hardest members first
+        postponed: list[int] = []  # twins of a caption that is in the batch already
+        while len(batch) < self._batch_size:
+            source = waiting or order
+            if not source:
+                order.extend(postponed)
+                captions, postponed = set(), []
+                continue
+            image = source.popleft()
+            if not free[image]:
+                continue
+            text = self._texts[image] if self._texts is not None else None
+            if text is not None and text in captions:
+                if source is order:
+                    postponed.append(image)
+                continue
+            if text is not None:
+                captions.add(text)
+            free[image] = False
+            batch.append(image)
+            waiting.extend(other for other in self._neighbours[image] if other >= 0 and free[other])
+        order.extendleft(image for image in reversed(postponed) if free[image])
+        return np.asarray(batch, dtype=np.int64)
+
+
 def make_plan(
     dataset: ImageDataset,
     *,
@@ -270,8 +344,17 @@ def make_plan(
         if dataset.texts is None:
             raise DataError(f"{dataset.name}: batches without duplicate captions need captions; set data.text_column.")
         return DistinctTextPlan(dataset.texts, total, seed)
+    if sampler == "hard_negative":
+        if options.neighbours is None:
+            raise DataError(
+                f"{dataset.name}: hard-negative batches need LoaderOptions(neighbours=...), the result of "
+                "ftfast.search.hard_negatives on the model's features."
+            )
+        return HardNegativePlan(options.neighbours, len(dataset), total, seed, dataset.texts)
     if sampler != "shuffle":
-        raise DataError(f"unknown sampler '{sampler}'; use shuffle, class_balanced or no_duplicate_text.")
+        raise DataError(
+            f"unknown sampler '{sampler}'; use shuffle, class_balanced, no_duplicate_text or hard_negative."
+        )
     if not shuffle:
         return SequentialPlan(len(dataset), total, drop_last, options.world_size)
     return ShuffledPlan(len(dataset), total, drop_last, options.world_size, seed)

@@ -384,7 +384,7 @@ def test_messages_of_make_loader():
         "data: batches without duplicate captions need captions; set data.text_column."
     )
     assert message(arrays(6), batch_size=2, sampler="other") == (
-        "unknown sampler 'other'; use shuffle, class_balanced or no_duplicate_text."
+        "unknown sampler 'other'; use shuffle, class_balanced, no_duplicate_text or hard_negative."
     )
     assert message(arrays(60, classes=4), batch_size=18, sampler="class_balanced") == (
         "class-balanced batches of 4 images per class need a batch size that is a multiple of 4, not 18. "
