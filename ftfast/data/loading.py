@@ -6,6 +6,7 @@ augmentation. The number of workers, where a run was interrupted and what else d
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -21,6 +22,7 @@ from ftfast.data.fetching import Batch, BatchKey, Fetched, Fetcher, Transform
 from ftfast.data.samplers import BatchPlan, LoaderOptions, SamplerName, SequentialPlan, make_plan
 from ftfast.errors import CheckpointError, DataError
 
+_GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_TO_SAVE = 60
 
 
@@ -47,6 +49,17 @@ def _start_worker(_: int) -> None:
     # workers; one that died before would end training with an error, so they outlive a first SIGTERM for a while.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _die_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
+
+
+@contextlib.contextmanager
+def _held_back_signals() -> Iterator[None]:
+    """Workers inherit the blocked signals, so one that comes before their handlers are set waits for these."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _GROUP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _die_later(*_: Any) -> None:
@@ -181,7 +194,8 @@ class BatchLoader:
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that the loader draws nothing from the global one
         )
-        return iter(loader)
+        with _held_back_signals():
+            return iter(loader)
 
     def _next_fetched(self, stream: Iterator[Fetched]) -> Fetched:
         try:
