@@ -99,7 +99,11 @@ def synthesize(
         identity = {"from_table": config.from_table}
     else:
         chosen = tuple(pool) if pool is not None else task_pool(config)
-        items = [Item(i, prompt) for i, prompt in enumerate(draw(chosen, config.images, config.seed, config.task))]
+        if config.draw == "each":
+            prompts = [chosen[i % len(chosen)] for i in range(config.images)]
+        else:
+            prompts = draw(chosen, config.images, config.seed, config.task)
+        items = [Item(i, prompt) for i, prompt in enumerate(prompts)]
         drawable, source = len(chosen), Generated(config, pipeline)
         identity = {"pipeline": source.identity()}
     folder = _prepare_folder(config, items, identity, world)

@@ -25,6 +25,8 @@ class SynthConfig:
     """Class names of the current task, likewise: these are never drawn; may be repeated."""
     template: str = "a photo of a {}."
     """Prompt for a class name; "{}" stands for the name."""
+    draw: Literal["uniform", "each"] = "uniform"
+    """uniform: at random with replacement, as GIFT does; each: every prompt of the pool in turn."""
     images: int = 1000
     """Pairs to make."""
     seed: int = 42

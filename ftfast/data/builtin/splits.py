@@ -15,6 +15,7 @@ from PIL import Image
 
 from ftfast.data.builtin.groups import TASKS
 from ftfast.data.builtin.rendering import STYLES, Rendered, load_rendered
+from ftfast.data.builtin.synthetic import load_synthetic
 from ftfast.errors import DataError
 
 QUERY_STYLE = "openmoji"
@@ -49,12 +50,12 @@ class BuiltinSplit:
 
     Attributes:
         name: Name of the split, for example "pairs/train".
-        store: All drawings, uint8 (M, 72, 72, 3), memory mapped.
+        store: All drawings, uint8 (M, 72, 72, 3), memory mapped; of "synthetic" (M, 32, 32, 3).
         rows: Rows of ``store`` that belong to this split, int64 (N,).
         labels: Class of every image, int64 (N,), an index into ``class_names``.
         class_names: English name of every class; both sides of a split share one list.
-        texts: Caption of every image (its class name).
-        styles: Drawing hand of every image.
+        texts: Caption of every image: its class name; of "synthetic", its prompt.
+        styles: Drawing hand of every image; "generated" for "synthetic".
         fingerprint: Hex digest of pixels, rows, labels and names.
     """
 
@@ -76,7 +77,7 @@ class BuiltinSplit:
         return np.asarray(self.store[self.rows])
 
     def load_image(self, index: int) -> Image.Image:
-        """One image as PIL RGB, 72x72.
+        """One image as PIL RGB, 72x72 (of "synthetic" 32x32).
 
         Args:
             index: Position in the split, 0..N-1.
@@ -98,6 +99,8 @@ def load_builtin(name: str) -> BuiltinSplit:
         near = difflib.get_close_matches(name, BUILTIN_SPLITS, n=1, cutoff=0.5)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise DataError(f"builtin:{name}: no such split.{hint} There are: {', '.join(BUILTIN_SPLITS)}.")
+    if name.startswith("synthetic"):
+        return _load_generated(name)
     data = load_rendered()
     concept_filter, image_filter = _filters(name, data)
     concepts = [concept for concept in dict.fromkeys(data.concept) if concept_filter(concept)]
@@ -118,6 +121,25 @@ def load_builtin(name: str) -> BuiltinSplit:
         texts=[class_names[label] for label in labels],
         styles=tuple(data.style[row] for row in rows),
         fingerprint=digest.hexdigest(),
+    )
+
+
+def _load_generated(name: str) -> BuiltinSplit:
+    """Drawings by the built-in generator; classes are those of "pairs/train", in the same order."""
+    made, class_names = load_synthetic(), load_builtin("pairs/train").class_names
+    task = name.partition("/")[2]
+    barred = set(load_builtin(f"tasks/{task}/train").class_names) if task else set()
+    rows = np.array([row for row, shown in enumerate(made.names) if shown not in barred], dtype=np.int64)
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    return BuiltinSplit(
+        name=name,
+        store=made.images,
+        rows=rows,
+        labels=np.array([label_of[made.names[row]] for row in rows], dtype=np.int64),
+        class_names=class_names,
+        texts=[made.captions[row] for row in rows],
+        styles=("generated",) * len(rows),
+        fingerprint=hashlib.sha256(f"{made.fingerprint}:{name}".encode()).hexdigest(),
     )
 
 
