@@ -216,7 +216,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=1024, help="training pairs the importances are estimated on")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate")
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[8, 32, 128], help="of the squared gradients")
-    strengths = [1e2, 1e3, 1e4, 1e5, 1e6]
+    strengths = [1e3, 1e4, 1e5, 1e6]
     parser.add_argument("--strengths", type=float, nargs="*", default=strengths, help="EWC strengths to choose from")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1], help="of splits and batches")
     parser.add_argument(

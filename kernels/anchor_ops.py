@@ -1,8 +1,9 @@
 """Anchored weight-space steps over lists of tensors: the penalty with its gradient, and AdamW with an anchor inside.
 
 Three implementations stand behind each function: C++ loops for CPU tensors (one pass over memory), a multi-tensor
-Triton launch for CUDA tensors, and PyTorch ``foreach`` operations everywhere else. ``backend="auto"`` picks by device,
-dtype and layout; asking for one by name raises when it cannot run.
+Triton launch for CUDA tensors, and PyTorch operations tensor by tensor everywhere else (``foreach`` operations would
+hold temporaries as large as the model). ``backend="auto"`` picks by device, dtype and layout; asking for one by name
+raises when it cannot run.
 """
 
 from __future__ import annotations
