@@ -69,4 +69,4 @@ def two_way_loss(
     for lse, positive, counts, own, others in sides:
         uniform = uniform_mean(own, others, scale, counts > 0) if smoothing > 0 else None
         losses.append(cross_entropy(lse, positive, counts, uniform, smoothing, without_positive=without_positive))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean().to(torch.promote_types(x.dtype, torch.float32))

@@ -76,12 +76,13 @@ def classification_loss(
     true_logit = stats.row_positive
     moved = _apply_margin(true_logit, scale, margin, margin_type)
     losses = F.softplus(stats.row_lse - moved, threshold=40)
+    dtype = torch.promote_types(image_features.dtype, torch.float32)
     if label_smoothing == 0:
-        return mean_over(losses, counted)
+        return mean_over(losses, counted).to(dtype)
     # The mean logit over classes, with the true class's logit moved by the margin.
     uniform = uniform_mean(image_features, class_features, scale, counted)
     shift = (moved - true_logit) / class_features.shape[0]
-    return mean_over(losses + label_smoothing * (moved - shift), counted) - label_smoothing * uniform
+    return (mean_over(losses + label_smoothing * (moved - shift), counted) - label_smoothing * uniform).to(dtype)
 
 
 def _apply_margin(logits: Tensor, scale: Tensor, margin: float, margin_type: str) -> Tensor:

@@ -1,59 +1,46 @@
-"""The operation under similarity distillation: statistics of two similarity matrices taken in one pass.
+"""The operation under similarity distillation: parts of two similarity matrices taken in one pass.
 
-With S = logit_scale · X Yᵀ (student), P = the teacher's logits, and per row (and per column)
+With S = logit_scale · X Yᵀ (student), P = the teacher's logits, q and p their softmaxes, per row and per column:
 
-    lse = log Σ exp S,  teacher_lse = log Σ exp P,  positive = S at the row's pair,
-    inner = Σ softmax(P)·(P - S)   "forward_kl":          KL(teacher || student) = inner - teacher_lse + lse
-            Σ softmax(P)·(-S)      "soft_cross_entropy":  CE(teacher, student)   = inner + lse
-            Σ softmax(S)·(S - P)   "reverse_kl":          KL(student || teacher) = inner - lse + teacher_lse
+    CE(one-hot of the pair, q) = tail + (top - positive)
+    CE(p, q) = tail + inner  "soft_cross_entropy"     KL(p || q), KL(q || p) = inner  "forward_kl", "reverse_kl"
 
-the gradient matrix is G = g_lse softmax(S) - g_inner softmax(P), or for reverse KL
-G = softmax(S)·(g_lse + g_inner·(1 + S - P - inner)), plus g_positive at pairs. Cost at equal widths: 2 products
-forward, 4 backward. Because ``lse`` and ``positive`` are also those of the contrastive loss, it comes with them at no
-further cost.
+with the parts of :mod:`ftfast.kernels.distill_parts`. No term cancels, so a small loss keeps its relative accuracy.
+Gradients: see :func:`ftfast.kernels.distill_parts.gradient_vectors`. Cost at equal widths: 2 products forward, 4
+backward. Because ``tail``, ``top`` and ``positive`` also give the contrastive loss, it comes at no further cost.
 
 Legend: M rows, N columns, D width of the student, D' of the teacher.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import torch_distill
 from .dispatch import follow_autocast
+from .distill_parts import gradient_vectors
 from .pairs import resolve
-from .torch_softmax import work_dtype
+from .torch_softmax import vector_dtype, work_dtype
+
+TeacherParts = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]
 
 
-class DistillStatistics(NamedTuple):
-    """Statistics of one direction: four float32 vectors over rows (M,) or columns (N,)."""
-
-    lse: Tensor
-    """Log-sum-exp of the student's logits."""
-    teacher_lse: Tensor
-    """Log-sum-exp of the teacher's logits; not differentiable."""
-    inner: Tensor
-    """The softmax-weighted mean described in the module docstring."""
-    positive: Tensor
-    """The student's logit of the pair (0 without one)."""
-
-
-def distill_statistics(
+def distill_parts(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
-    teacher: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor],
+    teacher: TeacherParts,
     kind: str,
     *,
     offset: int = 0,
     rows: bool = True,
     columns: bool = True,
     backend: str = "auto",
-) -> tuple[DistillStatistics, DistillStatistics]:
-    """Compute the row and column statistics of a student and a frozen teacher, differentiably in the student.
+) -> tuple[Tensor, Tensor]:
+    """Compute the row and column parts of a student and a frozen teacher, differentiably in the student.
 
     Args:
         x: (M, D) student rows; float32, float16 or bfloat16 (float64 with "torch").
@@ -62,12 +49,13 @@ def distill_statistics(
         teacher: (M, D') rows, (N, D') columns, (M, N) logits (either both features or logits), 0-d scale of either.
         kind: "forward_kl", "reverse_kl" or "soft_cross_entropy".
         offset: Column of row 0's pair (only for ``positive``).
-        rows: Compute row statistics.
-        columns: Compute column statistics.
+        rows: Compute row parts.
+        columns: Compute column parts.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        Row and column statistics; size 0 for a direction that was not asked for.
+        (6, M) and (6, N) float64; size 0 for a direction that was not asked for. Only tail, inner and positive carry
+        gradients, and the gradient of tail is that of the whole log-sum-exp.
 
     Memory: O((M + N)·(D + D') + block). Determinism: bitwise for fixed shapes and device.
     """
@@ -76,8 +64,41 @@ def distill_statistics(
     given = [None if t is None else t.detach().to(x.dtype) for t in teacher[:2]]
     logits = None if teacher[2] is None else teacher[2].detach()
     scale = teacher[3].detach()
-    out = _forward(x, y, logit_scale, *given, logits, scale, kind, offset, rows, columns, resolve(backend, x))
-    return DistillStatistics(*out[:4]), DistillStatistics(*out[4:])
+    return _forward(x, y, logit_scale, *given, logits, scale, kind, offset, rows, columns, resolve(backend, x))
+
+
+def distill_parts_backward(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    teacher: TeacherParts,
+    kind: str,
+    parts: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    *,
+    offset: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn gradients of (merged) parts of rows and columns into gradients of one block; the building block of a ring.
+
+    Args:
+        x: (M, D) rows of this block.
+        y: (N, D) columns of this block.
+        logit_scale: 0-d tensor.
+        teacher: As in :func:`distill_parts`, of this block.
+        kind: Divergence.
+        parts: (6, M) and (6, N), merged over all blocks.
+        gradients: (6, M) and (6, N).
+        offset: Column of row 0's pair.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        dX, dY in the dtypes of x and y, d logit_scale (0-d).
+
+    Memory: O((M + N)·(D + D') + block). Determinism: bitwise for fixed shapes and device.
+    """
+    both = (*parts, *gradients)
+    return _backward(x, y, logit_scale, *teacher, list(both), kind, offset, True, True, True, True, resolve(backend, x))
 
 
 @torch.library.custom_op("ftfast::distill_pairs", mutates_args=())
@@ -94,15 +115,14 @@ def _forward(
     rows: bool,
     columns: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from . import triton_distill
 
         teacher_parts = (teacher_x, teacher_y, teacher_logits, teacher_scale)
-        parts = triton_distill.forward(x, y, scale, teacher_parts, kind, offset, rows, columns)
-        return parts  # type: ignore[return-value]
+        return triton_distill.forward(x, y, scale, teacher_parts, kind, offset, rows, columns)
     teacher = torch_distill.Teacher(teacher_x, teacher_y, teacher_logits, teacher_scale, x)
-    return torch_distill.forward(x, y, scale, teacher, kind, offset, rows, columns)  # type: ignore[return-value]
+    return torch_distill.forward(x, y, scale, teacher, kind, offset, rows, columns)
 
 
 @_forward.register_fake
@@ -119,10 +139,10 @@ def _forward_fake(
     rows: bool,
     columns: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = work_dtype(x)
-    sizes = [x.shape[0] if rows else 0] * 4 + [y.shape[0] if columns else 0] * 4
-    return tuple(x.new_empty(size, dtype=dtype) for size in sizes)  # type: ignore[return-value]
+) -> tuple[Tensor, Tensor]:
+    sizes = (x.shape[0] if rows else 0, y.shape[0] if columns else 0)
+    row, col = (x.new_empty((6, size), dtype=vector_dtype(x.device)) for size in sizes)
+    return row, col
 
 
 @torch.library.custom_op("ftfast::distill_pairs_backward", mutates_args=())
@@ -143,10 +163,11 @@ def _backward(
     need_y: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # vectors: (lse, teacher_lse, inner, g_lse, g_inner, g_positive) of the rows if asked for, then of the columns.
+    # vectors: parts of rows and of columns, then their gradients.
     nothing: tuple[Tensor | None, ...] = (None,) * 6
-    row = tuple(vectors[:6]) if rows else nothing
-    col = tuple(vectors[-6:]) if columns else nothing
+    dtype = work_dtype(x)
+    row = gradient_vectors(vectors[0], vectors[2], kind, dtype) if rows else nothing
+    col = gradient_vectors(vectors[1], vectors[3], kind, dtype) if columns else nothing
     if backend == "triton":
         from . import triton_distill
 
@@ -179,22 +200,15 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:7], *output[:3], *output[4:7])
+    ctx.save_for_backward(*inputs[:7], *output)
     ctx.options = inputs[7:]
-    ctx.mark_non_differentiable(output[1], output[5])
-    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    inputs, statistics = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+def _differentiate(ctx: Any, grad_row: Tensor, grad_col: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, row, col = ctx.saved_tensors
     kind, offset, rows, columns, backend = ctx.options
     need_x, need_y, need_scale = ctx.needs_input_grad[:3]
-    vectors: list[Tensor] = []
-    for asked, start in ((rows, 0), (columns, 1)):
-        if asked:
-            known = statistics[3 * start : 3 * start + 3]
-            given = [grads[4 * start + index] for index in (0, 2, 3)]
-            vectors += [*known, *(torch.zeros_like(known[0]) if g is None else g.contiguous() for g in given)]
+    vectors = [row, col, grad_row.contiguous(), grad_col.contiguous()]
     grad_x, grad_y, grad_scale = _backward(
         *inputs, vectors, kind, offset, rows, columns, need_x or not need_y, need_y, backend
     )

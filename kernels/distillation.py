@@ -13,7 +13,8 @@ from . import reference
 from .assemble import mean_over
 from .checks import as_scalar, check_choice, check_features, check_same_rows
 from .dispatch import choose
-from .distill_pairs import DistillStatistics, distill_statistics
+from .distill_pairs import distill_parts
+from .distill_parts import INNER, POSITIVE, TAIL, TOP
 from .relations import Relation, positive_counts
 
 
@@ -100,7 +101,7 @@ def similarity_distillation_loss(
             options=options,
         )
     logit_factor = torch.ones_like(scale) if teacher_logits is not None else teacher_scale
-    sides = distill_statistics(
+    sides = distill_parts(
         student_image,
         student_text,
         scale / options.temperature,
@@ -111,16 +112,18 @@ def similarity_distillation_loss(
         backend=backend,
     )
     factor = options.temperature**2 if options.temperature_squared else 1.0
-    return factor * torch.stack([divergence(side, options.kind).mean() for side in sides if side.lse.numel()]).mean()
+    loss = torch.stack([divergence(side, options.kind).mean() for side in sides if side.numel()]).mean()
+    return (factor * loss).to(torch.promote_types(student_image.dtype, torch.float32))
 
 
-def divergence(statistics: DistillStatistics, kind: str) -> Tensor:
-    """Return the divergence of every row (or column) from its statistics."""
-    if kind == "forward_kl":
-        return statistics.inner + (statistics.lse - statistics.teacher_lse)
-    if kind == "reverse_kl":
-        return statistics.inner + (statistics.teacher_lse - statistics.lse)
-    return statistics.inner + statistics.lse
+def divergence(parts: Tensor, kind: str) -> Tensor:
+    """Return the divergence of every row (or column) from its (6, M) parts."""
+    return parts[INNER] + parts[TAIL] if kind == "soft_cross_entropy" else parts[INNER]
+
+
+def contrast(parts: Tensor) -> Tensor:
+    """Return every row's cross-entropy against its pair from its (6, M) parts."""
+    return parts[TAIL] + (parts[TOP].detach() - parts[POSITIVE])
 
 
 def clip_and_distillation_loss(
@@ -178,7 +181,7 @@ def clip_and_distillation_loss(
             options=DistillOptions(kind="soft_cross_entropy", directions=directions),
         )
         return contrastive, distill
-    sides = distill_statistics(
+    sides = distill_parts(
         student_image,
         student_text,
         scale,
@@ -190,10 +193,11 @@ def clip_and_distillation_loss(
         backend=backend,
     )
     counts = positive_counts(Relation("pair", offset), student_image.shape[0], student_text.shape[0], scale.device)
-    used = [(side, count > 0) for side, count in zip(sides, counts, strict=True) if side.lse.numel()]
-    contrastive = torch.stack([mean_over(side.lse - side.positive, counted) for side, counted in used]).mean()
+    used = [(side, count > 0) for side, count in zip(sides, counts, strict=True) if side.numel()]
+    dtype = torch.promote_types(student_image.dtype, torch.float32)
+    contrastive = torch.stack([mean_over(contrast(side), counted) for side, counted in used]).mean()
     distill = torch.stack([divergence(side, "soft_cross_entropy").mean() for side, _ in used]).mean()
-    return contrastive, distill
+    return contrastive.to(dtype), distill.to(dtype)
 
 
 def check_teacher(

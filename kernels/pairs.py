@@ -28,7 +28,7 @@ from .relations import Relation
 
 
 class PairStatistics(NamedTuple):
-    """Four float32 vectors (float64 for float64 inputs); size 0 for a direction that was not asked for."""
+    """Four float64 vectors, so that differences between them lose nothing; size 0 for a direction not asked for."""
 
     row_lse: Tensor
     """(M,) log-sum-exp of each row over the columns that are not excluded; -inf over none."""
@@ -160,7 +160,7 @@ def _forward_fake(
     columns: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch_softmax.work_dtype(x)
+    dtype = torch_softmax.vector_dtype(x.device)
     m, n = x.shape[0] if rows else 0, y.shape[0] if columns else 0
     return tuple(x.new_empty(size, dtype=dtype) for size in (m, m, n, n))  # type: ignore[return-value]
 

@@ -10,17 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .distill_parts import POSITIVE, merge_parts, nothing_yet
 from .triton_products import superblock_gradients
-from .triton_softmax import HALF_HEADROOM, base_two, power_of_two, rows_contiguous, stripe_rows
+from .triton_softmax import HALF_HEADROOM, launch_options, power_of_two, rows_contiguous, stripe_rows
 from .triton_tiles import (
     LN_2,
     LOG2_E,
+    divergence_term,
+    lines,
+    log1p,
     product_tile,
     store_tile,
-    tile_lse,
-    tile_lse_mean,
+    tile_lines,
+    tile_parts,
     tile_position,
-    tile_softmax_sum,
 )
 from .tuning import Tile, capability_of, tiles
 
@@ -54,9 +57,8 @@ def _teacher_tile(
         first_row = tl.minimum(row_start, M - 1)
         rows = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first_row)
         cols = tl.minimum(col_start + tl.arange(0, BLOCK_N), N - 1)
-        return tl.load(x_ptr + first_row.to(tl.int64) * x_stride + rows[:, None] * x_stride + cols[None, :]).to(
-            tl.float32
-        )
+        x_ptr += first_row.to(tl.int64) * x_stride
+        return tl.load(x_ptr + rows[:, None] * x_stride + cols[None, :]).to(tl.float32)
     else:
         return product_tile(
             x_ptr,
@@ -77,6 +79,38 @@ def _teacher_tile(
 
 
 @triton.jit
+def _store_parts(
+    s: tl.tensor,
+    t: tl.tensor,
+    ptrs: tl.tensor,  # (lines,) into (5, ...) planes: top, others, teacher's top, teacher's others (base 2), inner
+    plane: tl.tensor,
+    mask: tl.tensor,
+    KIND: tl.constexpr,
+    AXIS: tl.constexpr,
+) -> None:
+    """Store the parts of the tile's lines along one axis; see ``distill_parts``."""
+    top, others = tile_parts(s, AXIS)
+    teacher_top, teacher_others = tile_parts(t, AXIS)
+    p = tl.exp2(t - lines(teacher_top, AXIS)) / lines(1.0 + teacher_others, AXIS)
+    exists = t != float("-inf")
+    if KIND == SOFT:
+        inner = tl.sum(tl.where(exists, p * (lines(top, AXIS) - s), 0.0), AXIS) * LN_2
+    else:
+        q = tl.exp2(s - lines(top, AXIS)) / lines(1.0 + others, AXIS)
+        ratio = ((s - lines(top, AXIS)) - (t - lines(teacher_top, AXIS))) * LN_2
+        ratio -= lines(log1p(others) - log1p(teacher_others), AXIS)
+        if KIND == FORWARD_KL:
+            inner = tl.sum(tl.where(exists, divergence_term(p, q, ratio), 0.0), AXIS)
+        else:
+            inner = tl.sum(tl.where(exists, divergence_term(q, p, -ratio), 0.0), AXIS)
+    tl.store(ptrs, top, mask=mask)
+    tl.store(ptrs + plane, others, mask=mask)
+    tl.store(ptrs + 2 * plane, teacher_top, mask=mask)
+    tl.store(ptrs + 3 * plane, teacher_others, mask=mask)
+    tl.store(ptrs + 4 * plane, inner, mask=mask)
+
+
+@triton.jit
 def _distill_fwd_kernel(
     x_ptr: tl.tensor,  # (M, D)
     y_ptr: tl.tensor,  # (N, D)
@@ -84,10 +118,10 @@ def _distill_fwd_kernel(
     teacher_y_ptr: tl.tensor,  # (N, E)
     scale_ptr: tl.tensor,  # () float32
     teacher_scale_ptr: tl.tensor,  # () float32
-    row_part_ptr: tl.tensor,  # (3, tiles_n, stripe): lse, teacher lse, inner
-    col_part_ptr: tl.tensor,  # (3, tiles_m, N)
-    row_pos_ptr: tl.tensor,  # (M,)
-    col_pos_ptr: tl.tensor,  # (N,)
+    row_part_ptr: tl.tensor,  # (5, tiles_n, stripe), see _store_parts
+    col_part_ptr: tl.tensor,  # (5, tiles_m, N)
+    row_pos_ptr: tl.tensor,  # (M,) base 2
+    col_pos_ptr: tl.tensor,  # (N,) base 2
     first_row: tl.tensor,
     stripe: tl.tensor,
     N: tl.tensor,
@@ -110,16 +144,15 @@ def _distill_fwd_kernel(
     EVEN_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Log-sum-exps of both matrices, weighted means and pair logits of one tile."""
+    """Parts of one tile's rows and columns, and pair logits."""
     tiles_m = tl.cdiv(stripe, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
-    local = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     row_start = first_row + tile_m * BLOCK_M
     col_start = tile_n * BLOCK_N
-    rows = first_row + local
-    cols = col_start + tl.arange(0, BLOCK_N)
     M = first_row + stripe
+    rows, cols, _, _ = tile_lines(row_start, col_start, M, N, BLOCK_M, BLOCK_N)
+    local = rows - first_row
     s = product_tile(
         x_ptr, y_ptr, row_start, col_start, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
@@ -134,38 +167,43 @@ def _distill_fwd_kernel(
     if tl.max(mine.to(tl.int32), 0) > 0:
         pair_rows = cols - offset
         yours = (cols < N) & (pair_rows >= row_start) & (pair_rows < tl.minimum(M, row_start + BLOCK_M))
-        pairs = tl.where(rows[:, None] + offset == cols[None, :], s * LN_2, 0.0)
+        pairs = tl.where(rows[:, None] + offset == cols[None, :], s, 0.0)
         if ROWS:
             tl.store(row_pos_ptr + rows, tl.sum(pairs, 1), mask=mine)
         if COLS:
             tl.store(col_pos_ptr + cols, tl.sum(pairs, 0), mask=yours)
-    if KIND == FORWARD_KL:
-        values = t - s
-    elif KIND == SOFT:
-        values = -s
-    else:
-        values = s - t
     exists = (local < stripe)[:, None] & (cols < N)[None, :]
     s = tl.where(exists, s, float("-inf"))
     t = tl.where(exists, t, float("-inf"))
-    if KIND == REVERSE_KL:
-        row, col, row_inner, col_inner = tile_lse_mean(s, values, ROWS, COLS)
-        teacher_row, teacher_col = tile_lse(t, ROWS, COLS)
-    else:
-        teacher_row, teacher_col, row_inner, col_inner = tile_lse_mean(t, values, ROWS, COLS)
-        row, col = tile_lse(s, ROWS, COLS)
     if ROWS:
-        row_ptrs = row_part_ptr + tile_n.to(tl.int64) * stripe + local
-        plane = tiles_n.to(tl.int64) * stripe
-        tl.store(row_ptrs, row * LN_2, mask=local < stripe)
-        tl.store(row_ptrs + plane, teacher_row * LN_2, mask=local < stripe)
-        tl.store(row_ptrs + 2 * plane, row_inner * LN_2, mask=local < stripe)
+        ptrs = row_part_ptr + tile_n.to(tl.int64) * stripe + local
+        _store_parts(s, t, ptrs, tiles_n.to(tl.int64) * stripe, local < stripe, KIND, 1)
     if COLS:
-        col_ptrs = col_part_ptr + tile_m.to(tl.int64) * N + cols
-        plane = tiles_m.to(tl.int64) * N
-        tl.store(col_ptrs, col * LN_2, mask=cols < N)
-        tl.store(col_ptrs + plane, teacher_col * LN_2, mask=cols < N)
-        tl.store(col_ptrs + 2 * plane, col_inner * LN_2, mask=cols < N)
+        ptrs = col_part_ptr + tile_m.to(tl.int64) * N + cols
+        _store_parts(s, t, ptrs, tiles_m.to(tl.int64) * N, cols < N, KIND, 0)
+
+
+@triton.jit
+def _line_gradient(
+    s: tl.tensor,
+    t: tl.tensor,
+    vectors_ptr: tl.tensor,  # (6, size), see distill_parts.gradient_vectors
+    near: tl.tensor,
+    size: tl.tensor,
+    KIND: tl.constexpr,
+    AXIS: tl.constexpr,
+) -> tl.tensor:
+    """Return one direction's share of G; where both softmaxes are 1 their difference is exactly 0."""
+    plane = size.to(tl.int64)
+    s -= lines(tl.load(vectors_ptr + near), AXIS)
+    t -= lines(tl.load(vectors_ptr + plane + near), AXIS)
+    w_q = lines(tl.load(vectors_ptr + 3 * plane + near), AXIS)
+    w_p = lines(tl.load(vectors_ptr + 4 * plane + near), AXIS)
+    if KIND == REVERSE_KL:
+        origin = lines(tl.load(vectors_ptr + 2 * plane + near), AXIS)
+        return tl.exp2(s) * (w_q + w_p * ((s - t) * LN_2 - origin))
+    else:
+        return tl.exp2(s) * w_q - tl.exp2(t) * w_p
 
 
 @triton.jit
@@ -176,7 +214,7 @@ def _distill_bwd_kernel(
     teacher_y_ptr: tl.tensor,  # (N, E)
     scale_ptr: tl.tensor,  # () float32
     teacher_scale_ptr: tl.tensor,  # () float32
-    row_ptr: tl.tensor,  # (6, M): lse, teacher lse, inner (base 2); weights of lse, inner, positive (normalised)
+    row_ptr: tl.tensor,  # (6, M), see distill_parts.gradient_vectors; weights normalised
     col_ptr: tl.tensor,  # (6, N)
     g_ptr: tl.tensor,  # (R, C) superblock
     first_row: tl.tensor,
@@ -209,10 +247,7 @@ def _distill_bwd_kernel(
     tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     row_start = first_row + tile_m * BLOCK_M
     col_start = first_col + tile_n * BLOCK_N
-    rows = row_start + tl.arange(0, BLOCK_M)
-    cols = col_start + tl.arange(0, BLOCK_N)
-    near_rows = tl.minimum(rows, M - 1)
-    near_cols = tl.minimum(cols, N - 1)
+    rows, cols, near_rows, near_cols = tile_lines(row_start, col_start, M, N, BLOCK_M, BLOCK_N)
     s = product_tile(
         x_ptr, y_ptr, row_start, col_start, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
@@ -222,28 +257,11 @@ def _distill_bwd_kernel(
     )  # fmt: skip
     s = s * (tl.load(scale_ptr) * LOG2_E)
     t = t * (tl.load(teacher_scale_ptr) * LOG2_E)
-    row_lse = tl.load(row_ptr + near_rows)
-    col_lse = tl.load(col_ptr + near_cols)
-    row_weight = tl.load(row_ptr + 3 * M.to(tl.int64) + near_rows)
-    col_weight = tl.load(col_ptr + 3 * N.to(tl.int64) + near_cols)
-    row_inner_weight = tl.load(row_ptr + 4 * M.to(tl.int64) + near_rows)
-    col_inner_weight = tl.load(col_ptr + 4 * N.to(tl.int64) + near_cols)
-    if KIND == REVERSE_KL:
-        difference = (s - t) * LN_2 + 1.0
-        g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        if ROWS:
-            inner = tl.load(row_ptr + 2 * M.to(tl.int64) + near_rows)
-            weight = row_weight[:, None] + row_inner_weight[:, None] * (difference - inner[:, None])
-            g += tl.exp2(s - row_lse[:, None]) * weight
-        if COLS:
-            inner = tl.load(col_ptr + 2 * N.to(tl.int64) + near_cols)
-            weight = col_weight[None, :] + col_inner_weight[None, :] * (difference - inner[None, :])
-            g += tl.exp2(s - col_lse[None, :]) * weight
-    else:
-        teacher_row = tl.load(row_ptr + M + near_rows)
-        teacher_col = tl.load(col_ptr + N + near_cols)
-        g = tile_softmax_sum(s, row_lse, col_lse, row_weight, col_weight, ROWS, COLS)
-        g -= tile_softmax_sum(t, teacher_row, teacher_col, row_inner_weight, col_inner_weight, ROWS, COLS)
+    g = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if ROWS:
+        g += _line_gradient(s, t, row_ptr, near_rows, M, KIND, 1)
+    if COLS:
+        g += _line_gradient(s, t, col_ptr, near_cols, N, KIND, 0)
     row_pos = tl.load(row_ptr + 5 * M.to(tl.int64) + near_rows)
     col_pos = tl.load(col_ptr + 5 * N.to(tl.int64) + near_cols)
     g = tl.where(rows[:, None] + offset == cols[None, :], g + (row_pos[:, None] + col_pos[None, :]), g)
@@ -264,44 +282,30 @@ def _teacher_arguments(teacher: TeacherParts, x: Tensor, y: Tensor) -> tuple[Ten
 def _options(
     kind: str, logits: bool, rows: bool, columns: bool, tile: Tile, widths: tuple[int, int]
 ) -> dict[str, object]:
-    return {
-        "KIND": KINDS.index(kind),
-        "LOGITS": logits,
-        "ROWS": rows,
-        "COLS": columns,
-        "BLOCK_M": tile.m,
-        "BLOCK_N": tile.n,
-        "BLOCK_K": tile.k,
-        "GROUP_M": tile.group,
-        "EVEN_K": widths[0] % tile.k == 0,
-        "EVEN_E": widths[1] % tile.k == 0,
-        "PRECISION": "ieee",
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    options = launch_options("pair", rows, columns, tile, widths[0])
+    del options["MODE"]
+    return options | {"KIND": KINDS.index(kind), "LOGITS": logits, "EVEN_E": widths[1] % tile.k == 0}
 
 
 def forward(
     x: Tensor, y: Tensor, scale: Tensor, teacher: TeacherParts, kind: str, offset: int, rows: bool, columns: bool
-) -> tuple[Tensor, ...]:
-    """Compute the statistics of :func:`ftfast.kernels.distill_pairs.distill_statistics`, one launch per row stripe.
+) -> tuple[Tensor, Tensor]:
+    """Compute the parts of :func:`ftfast.kernels.distill_pairs.distill_parts`, one launch per row stripe.
 
     Returns:
-        lse, teacher_lse, inner, positive of the rows (M,), then of the columns (N,), float32; size 0 if not asked for.
+        (6, M) parts of the rows and (6, N) of the columns, float64; size 0 if not asked for.
     """
     x, y = rows_contiguous(x), rows_contiguous(y)
     m, n = x.shape[0], y.shape[0]
     teacher_x, teacher_y, teacher_scale, logits = _teacher_arguments(teacher, x, y)
     tile = tiles(x.dtype, capability_of(x.device)).paired
-    stripe = stripe_rows(m, n, tile)
-    tiles_n = triton.cdiv(n, tile.n)
-    row = torch.zeros((4, m if rows else 0), device=x.device)
-    col = torch.zeros((4, n if columns else 0), device=x.device)
-    running: Tensor | None = None
+    stripe, tiles_n = stripe_rows(m, n, tile), triton.cdiv(n, tile.n)
+    row, col = nothing_yet(m if rows else 0, x.device), nothing_yet(n if columns else 0, x.device)
+    positive = [torch.zeros(side.shape[1], device=x.device) for side in (row, col)]
     for first in range(0, m, stripe):
         count = min(stripe, m - first)
-        row_part = torch.empty((3, tiles_n, count if rows else 0), device=x.device)
-        col_part = torch.empty((3, triton.cdiv(count, tile.m), n if columns else 0), device=x.device)
+        row_part = torch.empty((5, tiles_n, count if rows else 0), device=x.device)
+        col_part = torch.empty((5, triton.cdiv(count, tile.m), n if columns else 0), device=x.device)
         _distill_fwd_kernel[(triton.cdiv(count, tile.m) * tiles_n,)](
             x,
             y,
@@ -311,36 +315,30 @@ def forward(
             teacher_scale,
             row_part,
             col_part,
-            row[3],
-            col[3],
+            *positive,
             first,
             count,
             n,
             x.shape[1],
             teacher_x.shape[1],
-            x.stride(0),
-            y.stride(0),
-            teacher_x.stride(0),
-            teacher_y.stride(0),
+            *(features.stride(0) for features in (x, y, teacher_x, teacher_y)),
             offset,
             **_options(kind, logits, rows, columns, tile, (x.shape[1], teacher_x.shape[1])),
         )
         if rows:
-            row[:3, first : first + count] = _merge(row_part, kind)
+            row[:, first : first + count] = merge_parts(_natural(row_part), kind)
         if columns:
-            merged = _merge(col_part, kind)
-            running = merged if running is None else _merge(torch.stack([running, merged], 1), kind)
-    if running is not None:
-        col[:3] = running
-    return tuple(v.clone() for v in (*row, *col))
+            col = merge_parts(torch.cat([col[:, None], _natural(col_part)], 1), kind)
+    for side, pairs in zip((row, col), positive, strict=True):
+        side[POSITIVE] = pairs.double() * LN_2.value
+    return row, col
 
 
-def _merge(parts: Tensor, kind: str) -> Tensor:
-    """Merge (3, pieces, size) partial statistics: two log-sum-exps, and the mean weighted by one of them."""
-    lse = torch.logsumexp(parts[:2], 1)
-    weigher = 0 if kind == "reverse_kl" else 1
-    weights = torch.exp(parts[weigher] - lse[weigher])
-    return torch.cat([lse, (weights * parts[2]).sum(0, keepdim=True)])
+def _natural(part: Tensor) -> Tensor:
+    """Turn (5, pieces, size) parts from the kernel into (6, pieces, size) parts in natural units."""
+    top, others, teacher_top, teacher_others, inner = part.double()
+    parts = (top * LN_2.value, others.log1p(), teacher_top * LN_2.value, teacher_others.log1p(), inner)
+    return torch.stack([*parts, torch.zeros_like(inner)])
 
 
 def backward(
@@ -367,8 +365,7 @@ def backward(
     packed = []
     for side, size in ((row, x.shape[0]), (col, y.shape[0])):
         given = [v for v in side if v is not None]
-        values = torch.stack(given).float() if given else torch.zeros((6, size), device=x.device)
-        packed.append(torch.cat([base_two(values[:2]), values[2:]]))
+        packed.append(torch.stack(given).float() if given else torch.zeros((6, size), device=x.device))
     norm: Tensor | float = 1.0
     if x.dtype == torch.float16:
         # Reverse KL multiplies its weight by 1 + S - P - inner, which may exceed one; leave room for 16.
@@ -394,10 +391,7 @@ def backward(
             x.shape[0],
             y.shape[0],
             *widths,
-            x.stride(0),
-            y.stride(0),
-            teacher_x.stride(0),
-            teacher_y.stride(0),
+            *(features.stride(0) for features in (x, y, teacher_x, teacher_y)),
             workspace.stride(0),
             offset,
             **options,

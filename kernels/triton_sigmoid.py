@@ -23,6 +23,7 @@ from .triton_tiles import (
     positive_mask,
     product_tile,
     store_tile,
+    tile_lines,
     tile_position,
 )
 from .tuning import Tile, capability_of, tiles
@@ -66,10 +67,7 @@ def _sigmoid_kernel(
     tile_m, tile_n = tile_position(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
     row_start = first_row + tile_m * BLOCK_M
     col_start = first_col + tile_n * BLOCK_N
-    rows = row_start + tl.arange(0, BLOCK_M)
-    cols = col_start + tl.arange(0, BLOCK_N)
-    near_rows = tl.minimum(rows, M - 1)
-    near_cols = tl.minimum(cols, N - 1)
+    rows, cols, near_rows, near_cols = tile_lines(row_start, col_start, M, N, BLOCK_M, BLOCK_N)
     dots = product_tile(
         x_ptr, y_ptr, row_start, col_start, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )

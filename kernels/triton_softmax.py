@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .relations import MODES, Relation, dense_ids
+from .torch_softmax import base_two_weights
 from .triton_products import superblock_gradients
 from .triton_tiles import (
     LN_2,
@@ -26,6 +27,7 @@ from .triton_tiles import (
     positive_mask,
     product_tile,
     store_tile,
+    tile_lines,
     tile_lse,
     tile_position,
     tile_softmax_sum,
@@ -42,9 +44,9 @@ def _softmax_fwd_kernel(
     scale_ptr: tl.tensor,  # () float32
     row_ids_ptr: tl.tensor,  # (M,) int32
     col_ids_ptr: tl.tensor,  # (N,) int32
-    row_lse_ptr: tl.tensor,  # (tiles_n, stripe) float32, natural units
-    col_lse_ptr: tl.tensor,  # (tiles_m, N)
-    row_pos_ptr: tl.tensor,  # (M,) by diagonal, else (tiles_n, stripe)
+    row_lse_ptr: tl.tensor,  # (2, tiles_n, stripe) float32, base 2: shift and log of the sum beyond it
+    col_lse_ptr: tl.tensor,  # (2, tiles_m, N)
+    row_pos_ptr: tl.tensor,  # (stripe,) by diagonal, else (tiles_n, stripe)
     col_pos_ptr: tl.tensor,  # (N,) by diagonal, else (tiles_m, N)
     first_row: tl.tensor,
     stripe: tl.tensor,
@@ -70,12 +72,9 @@ def _softmax_fwd_kernel(
     dots = product_tile(
         x_ptr, y_ptr, start, tile_n * BLOCK_N, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
-    local = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = first_row + local
-    cols = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, cols, near_rows, near_cols = tile_lines(start, tile_n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
+    local = rows - first_row
     limit = tl.minimum(first_row + stripe, M)
-    near_rows = tl.minimum(rows, M - 1)
-    near_cols = tl.minimum(cols, N - 1)
     scale = tl.load(scale_ptr)
     s = dots * (scale * LOG2_E)
     row_ids = rows
@@ -95,7 +94,7 @@ def _softmax_fwd_kernel(
             pair_rows = cols - offset
             yours = (cols < N) & (pair_rows >= start) & (pair_rows < tl.minimum(limit, start + BLOCK_M))
             if ROWS:
-                tl.store(row_pos_ptr + rows, tl.sum(sums, 1), mask=mine)
+                tl.store(row_pos_ptr + local, tl.sum(sums, 1), mask=mine)
             if COLS:
                 tl.store(col_pos_ptr + cols, tl.sum(sums, 0), mask=yours)
         else:
@@ -112,11 +111,15 @@ def _softmax_fwd_kernel(
             tl.store(row_pos_ptr + tile_n.to(tl.int64) * stripe + local, tl.sum(sums, 1), mask=local < stripe)
         if COLS:
             tl.store(col_pos_ptr + tile_m.to(tl.int64) * N + cols, tl.sum(sums, 0), mask=cols < N)
-    row, col = tile_lse(s, ROWS, COLS)
+    row_top, row, col_top, col = tile_lse(s, ROWS, COLS)
     if ROWS:
-        tl.store(row_lse_ptr + tile_n.to(tl.int64) * stripe + local, row * LN_2, mask=local < stripe)
+        row_ptrs = row_lse_ptr + tile_n.to(tl.int64) * stripe + local
+        tl.store(row_ptrs, row_top, mask=local < stripe)
+        tl.store(row_ptrs + tl.cdiv(N, BLOCK_N).to(tl.int64) * stripe, row, mask=local < stripe)
     if COLS:
-        tl.store(col_lse_ptr + tile_m.to(tl.int64) * N + cols, col * LN_2, mask=cols < N)
+        col_ptrs = col_lse_ptr + tile_m.to(tl.int64) * N + cols
+        tl.store(col_ptrs, col_top, mask=cols < N)
+        tl.store(col_ptrs + tl.cdiv(stripe, BLOCK_M).to(tl.int64) * N, col, mask=cols < N)
 
 
 @triton.jit
@@ -161,10 +164,7 @@ def _softmax_bwd_kernel(
     dots = product_tile(
         x_ptr, y_ptr, row_start, col_start, M, N, D, x_stride, y_stride, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, PRECISION
     )
-    rows = row_start + tl.arange(0, BLOCK_M)
-    cols = col_start + tl.arange(0, BLOCK_N)
-    near_rows = tl.minimum(rows, M - 1)
-    near_cols = tl.minimum(cols, N - 1)
+    rows, cols, near_rows, near_cols = tile_lines(row_start, col_start, M, N, BLOCK_M, BLOCK_N)
     s = dots * (tl.load(scale_ptr) * LOG2_E)
     row_ids = rows
     col_ids = cols
@@ -195,8 +195,8 @@ def rows_contiguous(features: Tensor) -> Tensor:
 
 def stripe_rows(rows: int, columns: int, tile: Tile) -> int:
     """Choose how many rows one forward launch covers, so that the partial statistics stay small."""
-    by_row = PARTIAL_BYTES // (4 * triton.cdiv(columns, tile.n))
-    by_col = PARTIAL_BYTES // (4 * columns) * tile.m
+    by_row = PARTIAL_BYTES // (8 * triton.cdiv(columns, tile.n))
+    by_col = PARTIAL_BYTES // (8 * columns) * tile.m
     return min(triton.cdiv(rows, tile.m), max(1, min(by_row, by_col) // tile.m)) * tile.m
 
 
@@ -206,26 +206,26 @@ def forward(
     """Compute the statistics of :func:`ftfast.kernels.pairs.pair_statistics` with one launch per row stripe.
 
     Returns:
-        row_lse (M,), row_positive (M,), col_lse (N,), col_positive (N,), float32; size 0 where not asked for.
+        row_lse (M,), row_positive (M,), col_lse (N,), col_positive (N,), float64; size 0 where not asked for.
     """
     x, y = rows_contiguous(x), rows_contiguous(y)
     (m, width), n = x.shape, y.shape[0]
     tile = tiles(x.dtype, capability_of(x.device)).similarity
     stripe = stripe_rows(m, n, tile)
-    tiles_m, tiles_n = triton.cdiv(stripe, tile.m), triton.cdiv(n, tile.n)
+    tiles_n = triton.cdiv(n, tile.n)
     by_diagonal = relation.mode in ("pair", "rivals")
-    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
-    row_lse = make(m if rows else 0)
-    col_lse = torch.full((n if columns else 0,), -torch.inf, device=x.device)
-    row_positive = torch.zeros(m if rows else 0, device=x.device)
-    col_positive = torch.zeros(n if columns else 0, device=x.device)
-    row_part, col_part = make(tiles_n, stripe if rows else 0), make(tiles_m, n if columns else 0)
-    row_sums = row_positive if by_diagonal else torch.zeros_like(row_part)
-    col_sums = col_positive if by_diagonal else torch.zeros_like(col_part)
+    wide = {"dtype": torch.float64, "device": x.device}
+    row_lse, col_lse = torch.empty(m if rows else 0, **wide), torch.full((n if columns else 0,), -torch.inf, **wide)
+    row_positive, col_positive = torch.zeros(m if rows else 0, **wide), torch.zeros(n if columns else 0, **wide)
     wide_scale, ids = scale.to(torch.float32), dense_ids(relation) or (x, y)  # without ids the pointers are not read
     for first in range(0, m, stripe):
         count = min(stripe, m - first)
         used = triton.cdiv(count, tile.m)
+        row_part = torch.empty((2, tiles_n, count if rows else 0), device=x.device)
+        col_part = torch.empty((2, used, n if columns else 0), device=x.device)
+        # Pairs lie in one tile of a row: without a plane per tile, zeros stay where there is none.
+        row_sums = torch.zeros((1 if by_diagonal else tiles_n, count if rows else 0), device=x.device)
+        col_sums = torch.zeros((1 if by_diagonal else used, n if columns else 0), device=x.device)
         _softmax_fwd_kernel[(used * tiles_n,)](
             x,
             y,
@@ -247,15 +247,17 @@ def forward(
         )
         part = slice(first, first + count)
         if rows:
-            # The kernel packs stripes of `count` rows.
-            row_lse[part] = torch.logsumexp(row_part.view(-1)[: tiles_n * count].view(tiles_n, count), 0)
-            if not by_diagonal:
-                row_positive[part] = row_sums.view(-1)[: tiles_n * count].view(tiles_n, count).sum(0)
+            row_lse[part] = merge_lse(row_part)
+            row_positive[part] = row_sums.sum(0, dtype=torch.float64)
         if columns:
-            col_lse = torch.logaddexp(col_lse, torch.logsumexp(col_part[:used], 0))
-            if not by_diagonal:
-                col_positive += col_sums[:used].sum(0)
+            col_lse = torch.logaddexp(col_lse, merge_lse(col_part))
+            col_positive += col_sums.sum(0, dtype=torch.float64)
     return row_lse, row_positive, col_lse, col_positive
+
+
+def merge_lse(parts: Tensor) -> Tensor:
+    """Merge the (2, pieces, size) base-2 shifts and logs of a stripe to natural float64 log-sum-exps."""
+    return torch.logsumexp(parts.sum(0, dtype=torch.float64) * LN_2.value, 0)
 
 
 def launch_options(mode: str, rows: bool, columns: bool, tile: Tile, width: int) -> dict[str, object]:
@@ -280,11 +282,6 @@ def power_of_two(value: Tensor) -> Tensor:
     return torch.where(value > 0, torch.exp2(torch.floor(torch.log2(value))), 1.0)
 
 
-def base_two(lse: Tensor) -> Tensor:
-    """Convert a log-sum-exp to base 2; the -inf of a row without terms becomes 0, as all its logits are masked."""
-    return torch.where(lse == -torch.inf, 0.0, lse * LOG2_E.value)
-
-
 def backward(
     x: Tensor,
     y: Tensor,
@@ -305,17 +302,17 @@ def backward(
     # Masks by id need registers of their own: those modes take the smaller tile.
     table = tiles(x.dtype, capability_of(x.device))
     tile = table.heavy if relation.mode in ("group", "rivals") else table.similarity
-    sizes = (m, m, n, n)
-    filled = [
-        torch.zeros(size, device=x.device) if g is None else g.float() for g, size in zip(grads, sizes, strict=True)
-    ]
+    shifts, filled = [], []
+    for size, side, (g_lse, g_positive) in ((m, lse[0], grads[:2]), (n, lse[1], grads[2:])):
+        # The -inf of a row without terms becomes 0, as all its logits are masked.
+        nothing = torch.zeros(size, device=x.device)
+        shift, weight = base_two_weights(side, g_lse, dtype=torch.float32)
+        shifts.append(nothing if shift is None else torch.where(shift == torch.inf, 0, shift))
+        filled += [nothing if weight is None else weight, nothing if g_positive is None else g_positive.float()]
     norm: Tensor | float = 1.0
     if x.dtype == torch.float16:
         norm = HALF_HEADROOM / power_of_two(torch.stack([g.abs().max() for g in filled]).max())
     weights = [g * norm for g in filled]
-    vectors = [
-        torch.zeros(size, device=x.device) if v is None else base_two(v) for v, size in zip(lse, (m, n), strict=True)
-    ]
     wide_scale, ids = scale.to(torch.float32), dense_ids(relation) or (x, y)  # without ids the pointers are not read
     options = launch_options(relation.mode, rows, columns or not rows, tile, width)
 
@@ -326,7 +323,7 @@ def backward(
             y,
             wide_scale,
             *ids,
-            *vectors,
+            *shifts,
             weights[0],
             weights[2],
             weights[1],

@@ -33,6 +33,21 @@ def tile_position(pid: tl.tensor, tiles_m: tl.tensor, tiles_n: tl.tensor, GROUP_
 
 
 @triton.jit
+def tile_lines(
+    row_start: tl.tensor,
+    col_start: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+) -> tuple:
+    """Return the tile's rows and columns, and both again with those past the end replaced by the last (for loads)."""
+    rows = row_start + tl.arange(0, BLOCK_M)
+    cols = col_start + tl.arange(0, BLOCK_N)
+    return rows, cols, tl.minimum(rows, M - 1), tl.minimum(cols, N - 1)
+
+
+@triton.jit
 def product_tile(
     x_ptr: tl.tensor,  # (M, D)
     y_ptr: tl.tensor,  # (N, D)
@@ -160,64 +175,33 @@ def _origin(top: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def tile_lse(s: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr) -> tuple:
-    """Return base-2 log-sum-exps of the tile's rows and columns (-inf over nothing).
+    """Return base-2 log-sum-exps of the tile's rows and columns, each as a shift and the log of the sum beyond it.
 
-    One exponential, relative to the tile's maximum, serves both. Where a row or column sum came out so small that
-    underflow could matter (below 2^-86, of terms that vanish below 2^-126), the tile takes the exact two-maxima path.
+    Their sum would round to the precision of the shift. One exponential, relative to the tile's maximum, serves both
+    directions. Where a row or column sum came out so small that underflow could matter (below 2^-86, of terms that
+    vanish below 2^-126), the tile takes the exact two-maxima path. Over nothing the log is -inf.
     """
     if ROWS and COLS:
         top = _origin(tl.max(tl.max(s, 1), 0))
         e = tl.exp2(s - top)
         by_row = tl.sum(e, 1)
         by_col = tl.sum(e, 0)
-        row = top + tl.log2(by_row)
-        col = top + tl.log2(by_col)
+        row_top = tl.zeros_like(by_row) + top
+        col_top = tl.zeros_like(by_col) + top
         if tl.minimum(tl.min(by_row, 0), tl.min(by_col, 0)) < 1.2e-26:
             row_top = _origin(tl.max(s, 1))
-            row = row_top + tl.log2(tl.sum(tl.exp2(s - row_top[:, None]), 1))
+            by_row = tl.sum(tl.exp2(s - row_top[:, None]), 1)
             col_top = _origin(tl.max(s, 0))
-            col = col_top + tl.log2(tl.sum(tl.exp2(s - col_top[None, :]), 0))
-        return row, col
+            by_col = tl.sum(tl.exp2(s - col_top[None, :]), 0)
+        return row_top, tl.log2(by_row), col_top, tl.log2(by_col)
     elif ROWS:
         row_top = _origin(tl.max(s, 1))
-        row = row_top + tl.log2(tl.sum(tl.exp2(s - row_top[:, None]), 1))
-        return row, row
+        row = tl.log2(tl.sum(tl.exp2(s - row_top[:, None]), 1))
+        return row_top, row, row_top, row
     else:
         col_top = _origin(tl.max(s, 0))
-        col = col_top + tl.log2(tl.sum(tl.exp2(s - col_top[None, :]), 0))
-        return col, col
-
-
-@triton.jit
-def tile_lse_mean(s: tl.tensor, values: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr) -> tuple:
-    """Return log-sum-exps of rows and columns, and the means of ``values`` under those softmaxes (same two paths)."""
-    if ROWS and COLS:
-        top = _origin(tl.max(tl.max(s, 1), 0))
-        e = tl.exp2(s - top)
-        by_row = tl.sum(e, 1)
-        by_col = tl.sum(e, 0)
-        row = top + tl.log2(by_row)
-        col = top + tl.log2(by_col)
-        row_mean = tl.sum(e * values, 1) / tl.maximum(by_row, 1e-37)
-        col_mean = tl.sum(e * values, 0) / tl.maximum(by_col, 1e-37)
-        if tl.minimum(tl.min(by_row, 0), tl.min(by_col, 0)) < 1.2e-26:
-            row, row_mean = _lse_mean(s, values, 1)
-            col, col_mean = _lse_mean(s, values, 0)
-        return row, col, row_mean, col_mean
-    elif ROWS:
-        row, row_mean = _lse_mean(s, values, 1)
-        return row, row, row_mean, row_mean
-    else:
-        col, col_mean = _lse_mean(s, values, 0)
-        return col, col, col_mean, col_mean
-
-
-@triton.jit
-def _lse_mean(s: tl.tensor, values: tl.tensor, AXIS: tl.constexpr) -> tuple:
-    top = _origin(tl.max(s, AXIS))
-    e = tl.exp2(s - tl.expand_dims(top, AXIS))
-    total = tl.sum(e, AXIS)
-    return top + tl.log2(total), tl.sum(e * values, AXIS) / tl.maximum(total, 1e-37)
+        col = tl.log2(tl.sum(tl.exp2(s - col_top[None, :]), 0))
+        return col_top, col, col_top, col
 
 
 @triton.jit
@@ -251,3 +235,35 @@ def tile_softmax_sum(
         return tl.exp2(s - row_lse[:, None]) * row_weight[:, None]
     else:
         return tl.exp2(s - col_lse[None, :]) * col_weight[None, :]
+
+
+@triton.jit
+def lines(values: tl.tensor, AXIS: tl.constexpr) -> tl.tensor:
+    """Return a vector over rows (AXIS 1) or columns (AXIS 0) as a tensor that broadcasts over the tile."""
+    return tl.expand_dims(values, AXIS)
+
+
+@triton.jit
+def tile_parts(s: tl.tensor, AXIS: tl.constexpr) -> tuple:
+    """Return each line's largest base-2 logit and the sum of the other exponentials relative to it, added up alone."""
+    top = _origin(tl.max(s, AXIS))
+    below = s < lines(top, AXIS)
+    others = tl.sum(tl.where(below, tl.exp2(s - lines(top, AXIS)), 0.0), AXIS)
+    ties = tl.sum(tl.where(s == lines(top, AXIS), 1.0, 0.0), AXIS)
+    return top, others + tl.maximum(ties - 1.0, 0.0)
+
+
+@triton.jit
+def log1p(x: tl.tensor) -> tl.tensor:
+    """Return log(1 + x) for x >= 0, keeping the relative accuracy of small x."""
+    return tl.where(x < 2e-4, x * (1.0 - 0.5 * x), tl.log2(1.0 + x) * LN_2)
+
+
+@triton.jit
+def divergence_term(p: tl.tensor, q: tl.tensor, log_ratio: tl.tensor) -> tl.tensor:
+    """Return q - p - p·log(q/p) >= 0 elementwise; near p = q by the series of exp(r) - 1 - r, which does not cancel."""
+    r = tl.minimum(tl.maximum(log_ratio, -1.0), 1.0)
+    series = 1.0 + r * (1.0 / 8.0 + r * (1.0 / 72.0 + r * (1.0 / 720.0)))
+    series = 1.0 + r * (1.0 / 5.0 + r * (1.0 / 30.0 + r * (1.0 / 210.0) * series))
+    series = 0.5 * r * r * (1.0 + r * (1.0 / 3.0 + r * (1.0 / 12.0) * series))
+    return tl.where(tl.abs(log_ratio) < 1.0, p * series, q - p - tl.where(p > 0, p * log_ratio, 0.0))

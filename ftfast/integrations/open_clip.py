@@ -98,8 +98,6 @@ def patch(*, ring: bool = False, backend: str = "auto") -> Patch:
     unpatch()
     options = {"ring": ring, "backend": backend}
     replacements = {name: _with_defaults(getattr(losses, name), options) for name in REPLACED}
-    # Distillation has no ring; it gathers as open_clip does.
-    replacements["DistillClipLoss"] = _with_defaults(losses.DistillClipLoss, {"backend": backend})
     _active = Patch(replacements).apply()
     return _active
 

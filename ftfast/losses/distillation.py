@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ftfast import kernels
@@ -10,6 +11,7 @@ from ftfast.kernels import DistillOptions
 from ftfast.kernels.checks import check_same_rows
 from ftfast.losses.contrastive import ClipLoss
 from ftfast.losses.distributed import check_process_group
+from ftfast.losses.ring_distillation import ring_distillation_losses
 
 
 class DistillClipLoss(ClipLoss):
@@ -18,33 +20,12 @@ class DistillClipLoss(ClipLoss):
     contrastive = ClipLoss(image, text);  distill = ½ [CE(softmax P, S) + CE(softmax Pᵀ, Sᵀ)]
 
     with the student's S and the teacher's P = dist_logit_scale · dist_image_features · dist_text_featuresᵀ.
-    Arguments of the constructor are those of :class:`ClipLoss`; ``ring`` is not available.
-
-    Raises:
-        ConfigError: If ``ring`` is set.
+    Arguments of the constructor are those of :class:`ClipLoss`, ``ring`` included.
 
     Deviation from open_clip: the teacher must not require grad (there, its gradient would be computed).
 
     Source: open_clip 3.3.
     """
-
-    def __init__(
-        self,
-        local_loss: bool = False,
-        gather_with_grad: bool = False,
-        cache_labels: bool = False,
-        rank: int = 0,
-        world_size: int = 1,
-        use_horovod: bool = False,
-        *,
-        ring: bool = False,
-        backend: str = "auto",
-    ) -> None:
-        if ring and world_size > 1:
-            raise ConfigError("DistillClipLoss(ring=True) is not available; use local_loss=True, gather_with_grad=True")
-        super().__init__(
-            local_loss, gather_with_grad, cache_labels, rank, world_size, use_horovod, ring=ring, backend=backend
-        )
 
     def forward(  # type: ignore[override]  # open_clip's own signature differs from its base class in the same way
         self,
@@ -91,6 +72,8 @@ class DistillClipLoss(ClipLoss):
         if self.world_size == 1:
             return both(*student, *teacher, *scales, backend=self.backend)
         check_process_group(type(self).__name__, self.rank, self.world_size)
+        if self.ring:
+            return ring_distillation_losses(student, teacher, scales, backend=self.backend)
         all_student = self.gather(student[0]), self.gather(student[1])
         all_teacher = self.gather(teacher[0]), self.gather(teacher[1])
         if not self.local_loss:
@@ -119,6 +102,8 @@ class SimilarityDistillLoss(nn.Module):
         temperature: Divisor of both sides' logits. GIFT and ZSCL use 2, open_clip 1.
         temperature_squared: Multiply by temperature², which keeps gradients comparable between temperatures.
         directions: "both" (average; GIFT sums, so twice this), "image" (softmax over texts) or "text" (over images).
+        ring: Compare the rows of all processes of torch.distributed, passing texts around a ring: the global loss, with
+            O(b·(D + D')) memory in both passes. Needs directions="both" and equal rows on all processes.
         backend: "auto", "triton" or "torch".
 
     Raises:
@@ -134,9 +119,13 @@ class SimilarityDistillLoss(nn.Module):
         temperature_squared: bool = True,
         directions: str = "both",
         *,
+        ring: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if ring and directions != "both":
+            raise ConfigError(f"SimilarityDistillLoss(ring=True, directions={directions!r}): the ring takes both")
+        self.ring = ring
         self.options = DistillOptions(
             kind=kind, temperature=temperature, temperature_squared=temperature_squared, directions=directions
         )
@@ -167,6 +156,10 @@ class SimilarityDistillLoss(nn.Module):
         Raises:
             ShapeError: If shapes do not fit or teacher features require grad.
         """
+        if self.ring:
+            return self._around_the_ring(
+                (student_image, student_text), (teacher_image, teacher_text), (logit_scale, teacher_logit_scale)
+            )
         return kernels.similarity_distillation_loss(
             student_image,
             student_text,
@@ -177,6 +170,23 @@ class SimilarityDistillLoss(nn.Module):
             options=self.options,
             backend=self.backend,
         )
+
+    def _around_the_ring(
+        self,
+        student: tuple[Tensor, Tensor],
+        teacher: tuple[Tensor, Tensor],
+        scales: tuple[Tensor | float, Tensor | float | None],
+    ) -> Tensor:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ConfigError(
+                "SimilarityDistillLoss(ring=True) exchanges features between processes, but torch.distributed is not "
+                "initialised. Call torch.distributed.init_process_group first, or use ring=False."
+            )
+        options = self.options
+        both = (scales[0], scales[0] if scales[1] is None else scales[1])
+        divided = (both[0] / options.temperature, both[1] / options.temperature)
+        _, loss = ring_distillation_losses(student, teacher, divided, options.kind, backend=self.backend)
+        return loss * (options.temperature**2 if options.temperature_squared else 1.0)
 
 
 class FeatureDistillLoss(nn.Module):

@@ -52,7 +52,7 @@ class _Transfer:
         return self._received
 
 
-def _walk(
+def walk(
     visitor: Tensors,
     compare: Callable[[Tensors, int], Tensor],
     merge: Callable[[Tensor, Tensor], Tensor],
@@ -115,7 +115,7 @@ class _RingClip(torch.autograd.Function):
                 row_lse = torch.logaddexp(row_lse, tile.row_lse)
             return tile.col_lse
 
-        column_lse = _walk((text,), compare, torch.logaddexp, world_size - 1)
+        column_lse = walk((text,), compare, torch.logaddexp, world_size - 1)
         # The statistics leave the pair itself out: CE = softplus(lse of the others - the pair's logit).
         gaps = torch.stack([row_lse - positive, column_lse - positive])
         total = F.softplus(gaps, threshold=40).sum()
@@ -123,13 +123,13 @@ class _RingClip(torch.autograd.Function):
         weights = torch.sigmoid(gaps) / (2 * b * world_size)
         ctx.save_for_backward(image, text, scale, row_lse, column_lse, weights)
         ctx.backend = backend
-        return total / (2 * b * world_size)
+        return (total / (2 * b * world_size)).float()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Walk the texts around the ring again and return the gradients of both sides and the scale."""
         image, text, scale, row_lse, column_lse, weights = ctx.saved_tensors
-        image_gradient = torch.zeros_like(image, dtype=row_lse.dtype)
+        image_gradient = torch.zeros_like(image, dtype=torch.float32)
         scale_gradient = torch.zeros_like(row_lse[0])
 
         def compare(visitor: Tensors, distance: int) -> Tensor:
@@ -149,7 +149,7 @@ class _RingClip(torch.autograd.Function):
             return columns.to(image_gradient.dtype)
 
         visitor = (text, column_lse, weights[1])
-        text_gradient = _walk(visitor, compare, torch.add, dist.get_world_size() - 1)
+        text_gradient = walk(visitor, compare, torch.add, dist.get_world_size() - 1)
         grad_output = grad_outputs[0].to(row_lse.dtype)
         everybody = torch.stack([grad_output, scale_gradient])
         dist.all_reduce(everybody)
@@ -161,7 +161,12 @@ class _RingClip(torch.autograd.Function):
         )
 
 
-def _check(image_features: Tensor, text_features: Tensor) -> None:
+def check_ring(image_features: Tensor, text_features: Tensor) -> None:
+    """Require as many texts as images.
+
+    Raises:
+        ShapeError: Naming both shapes.
+    """
     if image_features.shape != text_features.shape or image_features.ndim != 2 or len(image_features) == 0:
         raise ShapeError(
             "A ring needs as many texts as images on every process, got image_features "
@@ -198,7 +203,7 @@ def ring_clip_loss(
     Source: the exchange is SigLIP's (Zhai et al. 2023, algorithm 2) with two softmaxes; the merging of partial
     normalisers is Milakov & Gimelshein 2018.
     """
-    _check(image_features, text_features)
+    check_ring(image_features, text_features)
     image, text = follow_autocast(image_features, text_features)
     loss = _RingClip.apply(image, text, as_scalar(logit_scale, image, "logit_scale"), backend)
     # A trained bias must stay in the graph, or DDP would wait for its gradient.
@@ -224,7 +229,7 @@ class _RingSigLip(torch.autograd.Function):
                     total.add_(kernels.siglip_loss(image, *visitor, scale, bias, negative_only=other, backend=backend))
                 return nothing
 
-            _walk((text,), compare, torch.add, hops, direction)
+            walk((text,), compare, torch.add, hops, direction)
         ctx.save_for_backward(image, text, scale, bias)
         ctx.bidirectional, ctx.backend = bidirectional, backend
         return total
@@ -256,7 +261,7 @@ class _RingSigLip(torch.autograd.Function):
                 once = distance > 0 or direction > 0
                 return compare(visitor, distance) if once else nothing
 
-            text_gradient = text_gradient + _walk((text,), host, torch.add, hops, direction)
+            text_gradient = text_gradient + walk((text,), host, torch.add, hops, direction)
         like = zip((own[0], text_gradient, own[1], own[2]), (image, text, scale, bias), strict=True)
         return (*(gradient.to(tensor.dtype) for gradient, tensor in like), None, None)
 
@@ -297,7 +302,7 @@ def ring_siglip_loss(
 
     Source: Zhai et al. 2023, algorithm 2.
     """
-    _check(image_features, text_features)
+    check_ring(image_features, text_features)
     image, text = follow_autocast(image_features, text_features)
     scale = as_scalar(logit_scale, image, "logit_scale")
     bias = as_scalar(0.0 if logit_bias is None else logit_bias, image, "logit_bias")

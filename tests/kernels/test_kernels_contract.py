@@ -11,6 +11,7 @@ from ftfast.kernels import (
     PairStatistics,
     Relation,
     classification_loss,
+    clip_and_distillation_loss,
     clip_loss,
     explain,
     feature_distillation_loss,
@@ -32,6 +33,10 @@ IDS = torch.arange(11) % 3
 
 def distill(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return similarity_distillation_loss(x, y, Y, X, scale, options=DistillOptions(kind="reverse_kl"))
+
+
+def distill_wide(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    return sum(clip_and_distillation_loss(x, y, y.detach(), x.detach(), scale, 9.0))  # type: ignore[return-value]
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -155,6 +160,8 @@ def test_nothing_of_size_n_by_n_is_allocated(monkeypatch: pytest.MonkeyPatch) ->
     with Watch():
         for name in ("clip", "siglip"):
             run(LOSSES[name], inputs)
+        run(distill_wide, inputs)
+        run(lambda x, s: supervised_contrastive_loss(x, torch.arange(512) % 100, s), [inputs[0], SCALE])
     assert 512 * 8 <= largest < 512 * 512 / 16
 
 

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from accuracy_checks import NOISE, assert_accurate
 from ftfast.kernels import clip_loss, siglip_loss, supervised_contrastive_loss
 from kernel_cases import CASES, ROW_IDS, B, D, inputs_of, single
 from kernel_checks import assert_no_worse_than_torch, run, unit
@@ -32,6 +33,33 @@ def test_float16(case: str, small_pieces: None) -> None:
 def test_single_modality(labels: Tensor, small_pieces: None) -> None:
     op = partial(single, labels=labels)
     assert_no_worse_than_torch(triton(op), dense(op), [unit(B, D, 3), torch.tensor(10.0)], slack=3e-6)
+
+
+@pytest.mark.parametrize("noise", NOISE)
+@pytest.mark.parametrize("kind", ["clip", "both", "forward_kl", "reverse_kl"])
+def test_small_losses_keep_their_relative_accuracy(kind: str, noise: str) -> None:
+    assert_accurate(kind, NOISE[noise], 0.1, "triton", rows=60, width=32)
+
+
+def test_opcheck(small_pieces: None) -> None:
+    x, y = unit(9, 6, 1).requires_grad_(), unit(9, 6, 2).requires_grad_()
+    scale, bias = torch.tensor(20.0, requires_grad=True), torch.tensor(-3.0, requires_grad=True)
+    ids, ops = torch.arange(9) % 3, torch.ops.ftfast
+    torch.library.opcheck(ops.pair_statistics.default, (x, y, scale, ids, ids, "group", 0, True, True, "triton"))
+    torch.library.opcheck(ops.pair_statistics.default, (x, y, scale, None, None, "pair", 2, True, False, "triton"))
+    flags = (None, None, "pair", 0, True, True, True, "triton")
+    torch.library.opcheck(ops.sigmoid_pairs.default, (x, y, scale, bias, *flags))
+    arguments = (x, y, scale, y.detach(), x.detach(), None, torch.tensor(5.0), "forward_kl", 0, True, True, "triton")
+    torch.library.opcheck(ops.distill_pairs.default, arguments)
+
+
+@pytest.mark.parametrize("case", ["clip", "siglip", "distill reverse", "classes"])
+def test_compiles_without_graph_breaks(case: str) -> None:
+    # aot_eager: the graph, its fake kernels and its backward are what a GPU gets; inductor adds only C++ of its own.
+    op, inputs = triton(CASES[case][0]), inputs_of(case, torch.float32)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled, inputs), run(op, inputs), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("width", [64, 48])

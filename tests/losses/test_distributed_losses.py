@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ftfast.errors import ConfigError, ShapeError
-from ftfast.losses import ClipLoss, DistillClipLoss, SigLipLoss
+from ftfast.losses import ClipLoss, DistillClipLoss, SigLipLoss, SimilarityDistillLoss
 
 # open_clip's loss.py alone: importing the whole package would cost every process several seconds.
 _package = importlib.util.find_spec("open_clip").submodule_search_locations[0]
@@ -27,6 +27,7 @@ ROWS, WIDTH, TEACHER_WIDTH, PEAK_ROWS = 5, 12, 7, 512
 MODES = list(itertools.product((False, True), (False, True)))
 EXCHANGES = ("bidir", "shift", "reduce", "gather")
 GRAD_OUTPUT = 0.37
+KINDS = ("forward_kl", "reverse_kl", "soft_cross_entropy")
 
 
 def global_features(world_size, width, seed, dtype=torch.float32):
@@ -54,6 +55,18 @@ def run_loss(loss, rank, world_size, *, bias=None, teacher=False, dtype=torch.fl
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     sum(outputs[1:], outputs[0]).mul(weight).backward()
     return [output.detach().float() for output in outputs], [leaf.grad for leaf in leaves]
+
+
+def similarity_loss(kind, **options):
+    """SimilarityDistillLoss in the argument order of DistillClipLoss."""
+    loss = SimilarityDistillLoss(kind, temperature=2.0, **options)
+    return lambda image, text, scale, *teacher: loss(image, text, *teacher[:2], scale, teacher[2])
+
+
+def peak_distill(place):
+    """DistillClipLoss around the ring as a function of image, text, scale and bias, for peak_bytes."""
+    loss = DistillClipLoss(ring=True, **place)
+    return lambda image, text, scale, bias: sum(loss(image, text, scale, text.detach(), image.detach(), scale.detach()))
 
 
 def ddp_gradients(loss, rank, world_size):
@@ -119,17 +132,28 @@ def worker(rank, world_size, folder):
     ring = ClipLoss(ring=True, **place)
     results["ring"] = run_loss(ring, rank, world_size, bias=-3.0)
     results["ring uneven"] = run_loss(ring, rank, world_size, weight=1.0 + rank)
-    gathered = ClipLoss(gather_with_grad=True, **place)
-    results["gathered uneven"] = run_loss(gathered, rank, world_size, weight=1.0 + rank)
+    clip_gathered = ClipLoss(gather_with_grad=True, **place)
+    results["gathered uneven"] = run_loss(clip_gathered, rank, world_size, weight=1.0 + rank)
+    distill = DistillClipLoss(ring=True, **place)
+    results["ring distill"] = run_loss(distill, rank, world_size, teacher=True)
+    results["ring distill uneven"] = run_loss(distill, rank, world_size, teacher=True, weight=1.0 + rank)
+    gathered = DistillClipLoss(gather_with_grad=True, **place)
+    results["gathered distill uneven"] = run_loss(gathered, rank, world_size, teacher=True, weight=1.0 + rank)
+    for kind in KINDS:
+        results["ring", kind] = run_loss(similarity_loss(kind, ring=True), rank, world_size, teacher=True)
     results["ring bfloat16"] = run_loss(ring, rank, world_size, dtype=torch.bfloat16, weight=1.0)
     for name, loss in (
         ("ring", ring),
         ("local", ClipLoss(local_loss=True, gather_with_grad=True, **place)),
-        ("global", gathered),
+        ("global", clip_gathered),
         ("siglip", SigLipLoss(**place)),
     ):
         results["ddp", name] = ddp_gradients(loss, rank, world_size)
-    for name, loss in (("ring", ring), ("gathered", gathered), ("siglip", SigLipLoss(dist_impl="shift", **place))):
+    for name, loss in (
+        ("ring", ring),
+        ("siglip", SigLipLoss(dist_impl="shift", **place)),
+        ("distill", peak_distill(place)),
+    ):
         peak_bytes(loss, 64)
         results["peak", name] = peak_bytes(loss, PEAK_ROWS)
     with pytest.raises(ConfigError, match="get_world_size"):
@@ -213,6 +237,34 @@ def test_ring_sends_gradients_like_gathering(processes):
         assert_same(results["ring uneven"], results["gathered uneven"])
 
 
+@pytest.mark.parametrize("loss", ["ring distill", *KINDS])
+def test_ring_distillation_equals_the_single_process_loss(processes, loss):
+    """Against one process in float64, whose values the kernels' own tests hold to the dense formulas."""
+    world_size, everybody = processes
+    leaves = [global_features(world_size, WIDTH, seed).double().requires_grad_() for seed in (1, 2)]
+    scale = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    teacher = [global_features(world_size, TEACHER_WIDTH, seed).double() for seed in (3, 4)]
+    module = DistillClipLoss(backend="torch") if loss == "ring distill" else similarity_loss(loss, backend="reference")
+    truth = module(*leaves, scale, *teacher, torch.tensor(30.0, dtype=torch.float64))
+    truth = truth if isinstance(truth, tuple) else (truth,)
+    sum(truth).backward()
+    for rank, results in enumerate(everybody):
+        rows = slice(rank * ROWS, (rank + 1) * ROWS)
+        values, gradients = results[loss] if loss == "ring distill" else results["ring", loss]
+        for value, true in zip(values, truth, strict=True):
+            torch.testing.assert_close(value.double(), true, rtol=2e-6, atol=0)
+        for ours, leaf in zip(gradients[:2], leaves, strict=True):
+            expected = GRAD_OUTPUT * world_size * leaf.grad[rows]
+            # Reverse KL multiplies a probability by a log-ratio near 15, whose float32 rounding is 1e-6.
+            torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=4e-6 * expected.abs().max().item())
+        torch.testing.assert_close(gradients[2].double(), GRAD_OUTPUT * scale.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_ring_distillation_sends_gradients_like_gathering(processes):
+    for results in processes[1]:
+        assert_same(results["ring distill uneven"], results["gathered distill uneven"])
+
+
 def test_ring_in_bfloat16(processes):
     world_size, everybody = processes
     loss, image, text, _ = single_process_truth(world_size, torch.bfloat16)
@@ -242,9 +294,9 @@ def test_ring_memory_does_not_grow_with_processes(processes):
     _, everybody = processes
     features, tile = PEAK_ROWS * 32 * 4, PEAK_ROWS**2 * 4
     for results in everybody:
-        for name in ("ring", "siglip"):
+        for name, tiles in (("ring", 6), ("siglip", 6), ("distill", 10)):
             # Tensors of the size of this process's features and a few tiles, for any number of processes.
-            assert results["peak", name] < 24 * features + 6 * tile, name
+            assert results["peak", name] < 24 * features + tiles * tile, name
 
 
 def test_missing_process_group_is_one_clear_error():
@@ -252,12 +304,14 @@ def test_missing_process_group_is_one_clear_error():
     for loss in (ClipLoss(world_size=2), SigLipLoss(world_size=2), ClipLoss(world_size=2, ring=True)):
         with pytest.raises(ConfigError, match="init_process_group"):
             loss(features, features, 1.0, 0.0)
+    with pytest.raises(ConfigError, match="init_process_group"):
+        SimilarityDistillLoss(ring=True)(features, features, features, features, 1.0)
 
 
 def test_unsupported_choices_are_refused():
     with pytest.raises(ConfigError, match="torchrun"):
         ClipLoss(use_horovod=True, world_size=2)
-    with pytest.raises(ConfigError, match="ring"):
-        DistillClipLoss(ring=True, world_size=2)
+    with pytest.raises(ConfigError, match="directions='image'"):
+        SimilarityDistillLoss(ring=True, directions="image")
     with pytest.raises(ConfigError, match="'bidir'"):
         SigLipLoss(dist_impl="telepathy")
