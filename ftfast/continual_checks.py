@@ -102,25 +102,25 @@ def preparation(sequence: SequenceConfig) -> list[TaskReport]:
         opened: dict[str, ImageDataset] = {}
         problems: list[str] = []
         for side in ("train", "test"):
-            _open(getattr(task, side), f"{task.name}, {side}", side, opened, problems)
+            _open(getattr(task, side), side, opened, problems)
         if len(opened) == 2:
             problems += task_problems(task, opened["train"], opened["test"])
         found = tuple(f"{side}: {dataset.description}" for side, dataset in opened.items())
         reports.append(TaskReport(task.name, found, tuple(dict.fromkeys(problems))))
     for suite in sequence.suites:
         opened, problems = {}, []
-        _open(suite.data, f"suite {suite.name}", "data", opened, problems)
+        _open(suite.data, "data", opened, problems)
         found = tuple(dataset.description for dataset in opened.values())
         reports.append(TaskReport(suite.name, found, tuple(problems)))
     return reports
 
 
-def _open(config: DataConfig, what: str, key: str, opened: dict[str, ImageDataset], problems: list[str]) -> None:
+def _open(config: DataConfig, key: str, opened: dict[str, ImageDataset], problems: list[str]) -> None:
     """Open one side and decode a few of its images."""
     try:
         dataset = open_dataset(config)
     except FtfastError as error:
-        problems.append(f"{what}: {error}")
+        problems.append(str(error))
         return
     opened[key] = dataset
-    problems += [f"{what}: {problem}" for problem in check_decodable(dataset)]
+    problems += check_decodable(dataset)
