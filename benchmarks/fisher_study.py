@@ -4,7 +4,8 @@
 importance and strength, and measures what was learnt (accuracy on unseen images of the target classes) and what was
 kept (zero-shot accuracy on held-out pairs). Importances come from the same training pairs: the exact per-sample Fisher,
 squared batch gradients at several batch sizes, and all ones (L2-SP). Each is scaled to mean one over all weights, so
-that strengths compare and only the distribution over weights differs.
+that strengths compare and only the distribution over weights differs. A Fisher's mean is made by few weights and most
+are far below it, so L2-SP, which holds every weight alike, is given strengths 1000 times smaller.
 
 The strength is chosen on validation images, separately for every importance and seed, by the harmonic mean of two
 shares: learnt over what tuning without an anchor learns, and kept over what the start weights know. Test images are
@@ -234,7 +235,7 @@ def run_seed(options: argparse.Namespace, seed: int, rows: list[Row], save: Any)
     done = {(row["seed"], row["importance"], row["strength"]) for row in rows}
     grid = [("start weights", [0.0]), ("no anchor", [0.0]), ("exact per-sample", options.strengths)]
     grid += [(f"batch gradient {size}", options.strengths) for size in options.batch_sizes]
-    grid += [("ones (L2-SP)", options.strengths)]
+    grid += [("ones (L2-SP)", [strength / 1000.0 for strength in options.strengths])]
     missing = [(name, [s for s in strengths if (seed, name, s) not in done]) for name, strengths in grid]
     if not any(strengths for _, strengths in missing):
         return True
