@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ftfast.errors import ConfigError
 from ftfast.kernels.anchor_ops import MODES, AdamWHyper, AnchorMode, Anchors, adamw_anchored_, anchor_penalty
+from ftfast.kernels.fisher_ops import accumulate_fisher_
 from ftfast.weightspace.anchors import Anchor
 from ftfast.weightspace.sharding import Segment, segments_of
 
@@ -142,7 +143,7 @@ class AnchoredAdamW(torch.optim.Optimizer):
                     param.grad = carried if param.grad is None else param.grad.add_(carried)
                 if param.grad is None and not self._is_anchored(param):
                     continue
-                state = self._state_of(param)
+                state = self.state_of(param)
                 state["step"] += 1
                 by_step.setdefault(int(state["step"]), []).append(param)
             for step, params in by_step.items():
@@ -165,7 +166,7 @@ class AnchoredAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             params = [p for p in group["params"] if self._is_anchored(p)]
             for param in params:
-                self._state_of(param)
+                self.state_of(param)
                 if param.grad is None:
                     param.grad = torch.zeros_like(param)
             rows = [row for param in params for row in self._rows(param)]
@@ -178,13 +179,30 @@ class AnchoredAdamW(torch.optim.Optimizer):
     def observe_replay_gradient(self) -> None:
         """Set an adaptive anchor's importance from the gradients present now (AWC, see ``adaptive_consolidation``).
 
-        ``F = g^2 / mean(g^2)`` per tensor; a tensor without gradient gets 1e-6.
+        ``F = g^2 / mean(g^2)`` per tensor, all tensors in one call of ``accumulate_fisher_``; a tensor without gradient
+        gets 1e-6, one whose gradient is all zero gets 0.
 
         Raises:
-            ConfigError: The anchor is not adaptive.
+            ConfigError: The anchor is not adaptive, or the parameters are shards (use
+                :func:`ftfast.weightspace.sharding.observe_replay_gradient`).
         """
-        params = [p for group in self.param_groups for p in group["params"]]
-        self.set_adaptive_precision(params, [p.grad for p in params])
+        self._require_adaptive()
+        precisions: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for param in (p for group in self.param_groups for p in group["params"] if self._is_anchored(p)):
+            layout = self._layout(param)
+            if len(layout) != 1 or layout[0].source != 0 or hasattr(param, "ds_numel"):
+                raise ConfigError(
+                    "observe_replay_gradient was called on an optimizer that holds shards; use "
+                    "ftfast.weightspace.sharding.observe_replay_gradient(engine.optimizer, optimizer)"
+                )
+            precision = self.state_of(param)["anchor_precision"]
+            if param.grad is None:
+                precision.fill_(UNSEEN_PRECISION)
+            else:
+                precisions.append(precision)
+                gradients.append(param.grad)
+        accumulate_fisher_(precisions, gradients, decay=0.0, normalize=True)
 
     @torch.no_grad()
     def set_adaptive_precision(
@@ -203,15 +221,14 @@ class AnchoredAdamW(torch.optim.Optimizer):
         Raises:
             ConfigError: The anchor is not adaptive.
         """
-        if self.anchor is None or not self.anchor.adaptive:
-            raise ConfigError("observe_replay_gradient needs an adaptive anchor (adaptive_consolidation)")
-        names = {name: index for index, name in enumerate(self.anchor.parameters)}
+        anchor = self._require_adaptive()
+        names = {name: index for index, name in enumerate(anchor.parameters)}
         sums = torch.zeros(len(names), dtype=torch.float64)
         pieces: list[tuple[int, Tensor, Tensor | None]] = []
         for param, gradient in zip(params, gradients, strict=True):
             if not self._is_anchored(param):
                 continue
-            precision = self._state_of(param)["anchor_precision"].view(-1)
+            precision = self.state_of(param)["anchor_precision"].view(-1)
             for segment in self._layout(param):
                 if segment.name not in names:
                     continue
@@ -222,13 +239,21 @@ class AnchoredAdamW(torch.optim.Optimizer):
                 pieces.append((index, precision[segment.offset : segment.end], piece))
         if reduce_sums is not None:
             reduce_sums(sums)
-        sizes = [getattr(p, "ds_numel", p.numel()) for p in self.anchor.parameters.values()]
+        sizes = [getattr(p, "ds_numel", p.numel()) for p in anchor.parameters.values()]
         for index, precision, piece in pieces:
             mean = float(sums[index]) / max(sizes[index], 1)
-            if piece is None or mean == 0.0:
+            if piece is None:
                 precision.fill_(UNSEEN_PRECISION)
+            elif mean == 0.0:
+                precision.zero_()
             else:
                 precision.copy_(piece.square().div_(mean))
+
+    def _require_adaptive(self) -> Anchor:
+        """The anchor, which must be one whose importance is set every step."""
+        if self.anchor is None or not self.anchor.adaptive:
+            raise ConfigError("observe_replay_gradient needs an adaptive anchor (adaptive_consolidation)")
+        return self.anchor
 
     def carry_gradients(self, params: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         """Add these gradients to ``.grad`` at the next step; for callers whose engine would overwrite them until then.
@@ -258,8 +283,8 @@ class AnchoredAdamW(torch.optim.Optimizer):
             self._segments[param] = segments_of(param, {} if self.anchor is None else self.anchor.parameters)
         return self._segments[param]
 
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
-        """This parameter's state, created on first use."""
+    def state_of(self, param: Tensor) -> dict[str, Any]:
+        """Return the state of a parameter or shard of this optimizer, created on first use."""
         state = self.state[param]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -292,7 +317,7 @@ class AnchoredAdamW(torch.optim.Optimizer):
 
     def _rows(self, param: Tensor) -> list[_Row]:
         """Views of the parameter, its gradient and state, one per stretch with one coefficient."""
-        state = self._state_of(param)
+        state = self.state_of(param)
         grad = param.grad if param.grad is not None else torch.zeros_like(param)
         start, precision = state.get("anchor_start"), state.get("anchor_precision")
         layout = self._layout(param)

@@ -213,6 +213,24 @@ def test_awc_equals_gifts_two_backward_passes():
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
+def test_awc_without_or_with_zero_replay_gradient():
+    model = make_model()
+    optimizer = AnchoredAdamW(model.parameters(), anchor=adaptive_consolidation(model.named_parameters()))
+    data_loss(model, 0).backward()
+    model[0].weight.grad = None
+    model[0].bias.grad.zero_()
+    optimizer.observe_replay_gradient()
+    precision = {name: optimizer.state[p]["anchor_precision"] for name, p in model.named_parameters()}
+    assert set(precision["0.weight"].unique().tolist()) == {1e-6}
+    assert not precision["0.bias"].any()
+    for name, parameter in list(model.named_parameters())[2:]:
+        square = parameter.grad.square()
+        torch.testing.assert_close(precision[name], square / square.mean())
+    plain = AnchoredAdamW(model.parameters(), anchor=l2_sp(model.named_parameters(), 1.0))
+    with pytest.raises(ConfigError, match="adaptive_consolidation"):
+        plain.observe_replay_gradient()
+
+
 @pytest.mark.parametrize("bad", [{"lr": -1.0}, {"eps": -1e-8}, {"betas": (1.0, 0.9)}, {"anchor_mode": "sideways"}])
 def test_bad_numbers_are_refused(bad):
     with pytest.raises(ConfigError):
