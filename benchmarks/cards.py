@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,27 +44,39 @@ class Card:
     """Compile-time arguments besides blocks."""
 
 
-def shipped() -> Iterator[Card]:
+def shipped(dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Card]:
     """Yield every configuration a public operation can launch at widths that are multiples of the tile."""
     modes = {"pair": (0, True, True), "target": (1, True, False), "group": (2, True, True)}
     modes |= {"self": (3, True, False), "rivals": (4, True, True), "pair rows": (0, True, False)}
-    for name, (mode, rows, columns) in modes.items():
-        for kernel in ("triton_softmax._softmax_fwd_kernel", "triton_softmax._softmax_bwd_kernel"):
-            heavy = "bwd" in kernel and name in ("group", "rivals")
-            yield Card(kernel, name, "bf16", int(heavy), {"MODE": mode, "ROWS": rows, "COLS": columns})
-    for name, mode, gradient in (("pair", 0, True), ("group", 2, True), ("negatives", 5, True), ("value", 0, False)):
-        yield Card("triton_sigmoid._sigmoid_kernel", name, "bf16", 1, {"MODE": mode, "GRADIENT": gradient})
-    for name, kind, logits in (("forward", 0, False), ("soft", 1, False), ("reverse", 2, False), ("logits", 0, True)):
-        for kernel in ("triton_distill._distill_fwd_kernel", "triton_distill._distill_bwd_kernel"):
-            yield Card(kernel, name, "bf16", 3, {"KIND": kind, "LOGITS": logits, "ROWS": True, "COLS": True})
-    for name, transposed in (("dX", False), ("dY", True)):
-        yield Card("triton_products._product_kernel", name, "bf16", 2, {"TRANSPOSED": transposed, "ACCUMULATE": True})
-    yield Card("triton_products._finish_kernel", "", "bf16", -1, {"ROWS": 4, "BLOCK_D": 256})
-    for dtype in ("fp16", "fp32"):
-        pair = {"MODE": 0, "ROWS": True, "COLS": True}
-        yield Card("triton_softmax._softmax_fwd_kernel", "pair", dtype, 0, pair)
-        yield Card("triton_softmax._softmax_bwd_kernel", "pair", dtype, 0, pair)
-        yield Card("triton_products._product_kernel", "dX", dtype, 2, {"TRANSPOSED": False, "ACCUMULATE": True})
+    for dtype in dtypes:
+        for name, (mode, rows, columns) in modes.items():
+            for kernel in ("triton_softmax._softmax_fwd_kernel", "triton_softmax._softmax_bwd_kernel"):
+                heavy = "bwd" in kernel and name in ("group", "rivals")
+                yield Card(kernel, name, dtype, int(heavy), {"MODE": mode, "ROWS": rows, "COLS": columns})
+        for name, mode, gradient in (
+            ("pair", 0, True),
+            ("group", 2, True),
+            ("negatives", 5, True),
+            ("value", 0, False),
+        ):
+            yield Card("triton_sigmoid._sigmoid_kernel", name, dtype, 1, {"MODE": mode, "GRADIENT": gradient})
+        kinds = (("forward", 0, False), ("soft", 1, False), ("reverse", 2, False), ("logits", 0, True))
+        for name, kind, logits in kinds:
+            for kernel in ("triton_distill._distill_fwd_kernel", "triton_distill._distill_bwd_kernel"):
+                tile = 4 if "fwd" in kernel and kind != 1 else 3
+                yield Card(kernel, name, dtype, tile, {"KIND": kind, "LOGITS": logits, "ROWS": True, "COLS": True})
+        for name, transposed in (("dX", False), ("dY", True)):
+            constants = {"TRANSPOSED": transposed, "ACCUMULATE": True}
+            yield Card("triton_products._product_kernel", name, dtype, 2, constants)
+        yield Card("triton_products._finish_kernel", "", dtype, -1, {"ROWS": 4, "BLOCK_D": 256})
+
+
+def gate() -> Iterator[Card]:
+    """Yield the configurations compiled on every test run: all of bfloat16, one of each kind in the other dtypes."""
+    yield from shipped(("bf16",))
+    for card in shipped(("fp16", "fp32")):
+        if card.variant in ("pair", "soft", "dX"):
+            yield card
 
 
 def argument_types(kernel: Any, dtype: str) -> dict[str, str]:
@@ -149,11 +161,12 @@ def clip_step(batch: int, width: int, architecture: int = 90) -> list[Work]:
     """
     from ftfast.kernels.tuning import superblock, tiles
 
-    similarity, _, product, _ = tiles(torch.bfloat16, architecture)
+    table = tiles(torch.bfloat16, architecture)
+    similarity, product = table.similarity, table.product
     product_flop = 2.0 * batch * batch * width
     group = similarity.m * similarity.group
     operands = 2.0 * width * (batch + batch * batch / group)
-    partials = 2 * 4.0 * batch * batch * (1 / similarity.m + 1 / similarity.n)
+    partials = 2 * 8.0 * batch * batch * (1 / similarity.m + 1 / similarity.n)
     rows, cols = superblock(batch, batch, width, 2, product, PROCESSORS)
     gradient = 2.0 * batch * batch
     sums = 2 * 4.0 * batch * width
@@ -174,11 +187,11 @@ def prediction(batch: int, width: int) -> dict[str, float]:
     return {"batch": batch, "width": width, "ms": 1e3 * total, "floor_ms": 1e3 * floor, "ratio": total / floor}
 
 
-def compile_all(architectures: Sequence[int], jobs: int, only: str = "") -> list[dict[str, Any]]:
-    """Compile every shipped card for the architectures in ``jobs`` fresh processes without the interpreter."""
+def compile_all(cards: Iterable[Card], architectures: Sequence[int], jobs: int) -> list[dict[str, Any]]:
+    """Compile the cards for the architectures in ``jobs`` fresh processes without the interpreter."""
     import multiprocessing
 
-    tasks = [(card, arch) for arch in architectures for card in shipped() if only in f"{card.kernel} {card.variant}"]
+    tasks = [(card, arch) for card in cards for arch in architectures]
     saved = os.environ.pop("TRITON_INTERPRET", None)
     try:
         context = multiprocessing.get_context("spawn")
@@ -189,8 +202,52 @@ def compile_all(architectures: Sequence[int], jobs: int, only: str = "") -> list
             os.environ["TRITON_INTERPRET"] = saved
 
 
+TITLES = ("kernel", "variant", "dtype", "architecture", "tile", "registers", "shared", "spills", "tensor_core")
+
+
+def as_markdown(cards: Sequence[dict[str, Any]], steps: Sequence[dict[str, float]]) -> str:
+    """Write the cards and predictions as a page of documentation."""
+    text = ["# Kernel cards", "", " ".join((__doc__ or "").split("\n\n", 1)[1].split()), ""]
+    text += ["Predicted contrastive step (bfloat16, forward + backward, one H100), not measured:", ""]
+    text += ["| N | D | ms | floor of four similarity products, ms | ratio |", "|---|---|---|---|---|"]
+    text += [
+        f"| {s['batch']:.0f} | {s['width']:.0f} | {s['ms']:.1f} | {s['floor_ms']:.1f} | {s['ratio']:.2f} |"
+        for s in steps
+    ]
+    text += ["", "| kernel | N x D = 65,536 x 768 | TFLOP | GB | ms |", "|---|---|---|---|---|"]
+    text += [
+        f"| {w.name} | | {w.flop / 1e12:.2f} | {w.bytes / 1e9:.2f} | {1e3 * w.seconds:.2f} |"
+        for w in clip_step(65536, 768)
+    ]
+    text += [
+        "",
+        "`spills` counts local-memory instructions, `tensor_core` HMMA/HGMMA/UTCMMA instructions in the SASS.",
+        "",
+    ]
+    text += [f"| {' | '.join(TITLES)} |", "|" + "---|" * len(TITLES)]
+    text += ["| " + " | ".join(str(card[title]) for title in TITLES) + " |" for card in cards]
+    return "\n".join(text) + "\n"
+
+
+def merged(path: Path, cards: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the recorded cards with the new ones in the places of those they replace, in shipping order."""
+    known = json.loads(path.read_text())["cards"] if path.exists() else []
+    key = lambda card: tuple(card[title] for title in TITLES[:4])  # noqa: E731
+    by_key = {key(card): card for card in (*known, *cards)}
+    order = [(c.kernel, c.variant, c.dtype, arch) for c in shipped() for arch in ARCHITECTURES]
+    return [by_key[place] for place in order if place in by_key]
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the kernel cards and write them as JSON.
+    """Print the kernel cards and merge them into the JSON record and the page.
 
     Args:
         argv: Flags; default ``sys.argv[1:]``.
@@ -200,11 +257,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="benchmarks cards", description=__doc__)
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--dtype", nargs="*", default=list(_ELEMENT), choices=list(_ELEMENT))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes")
     parser.add_argument("--only", default="", help="compile only kernels whose name contains this")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/cards.json"), help="where to write")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/cards.json"), help="record to update")
+    parser.add_argument("--page", type=Path, default=Path("docs/kernel_cards.md"), help="page to write")
     options = parser.parse_args(argv)
-    cards = compile_all(options.arch, options.jobs, options.only)
+    chosen = [card for card in shipped(options.dtype) if options.only in f"{card.kernel} {card.variant}"]
+    cards = compile_all(chosen, options.arch, options.jobs)
     titles = f"{'kernel':38s}{'variant':11s}{'dtype':6s}{'sm':>4s}  {'tile':13s}"
     print(titles + f"{'regs':>5s}{'smem':>8s}{'spill':>6s}{'mma':>5s}")
     for card in cards:
@@ -212,20 +272,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{card['kernel']:38s}{card['variant']:11s}{card['dtype']:6s}{card['architecture']:4d}  {card['tile']:13s}"
             f"{card['registers']:5d}{card['shared']:8d}{card['spills']:6d}{card['tensor_core']:5d}"
         )
-    print("\nPredicted contrastive step (bf16, forward + backward) at 800 TFLOP/s and 3 TB/s; not measured")
     steps = [prediction(*shape) for shape in ((32768, 512), (32768, 768), (32768, 1280), (65536, 768))]
-    for work in clip_step(65536, 768):
-        print(f"  {work.name:18s}{work.flop / 1e12:7.2f} TFLOP {work.bytes / 1e9:7.2f} GB {1e3 * work.seconds:7.2f} ms")
+    print("\nPredicted contrastive step (bf16, forward + backward) at 800 TFLOP/s and 3 TB/s; not measured")
     for step in steps:
         print(
             f"N={step['batch']:6.0f} D={step['width']:5.0f}: {step['ms']:6.1f} ms = {step['ratio']:.2f} x "
             f"the floor of four similarity products ({step['floor_ms']:.1f} ms)"
         )
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    record = {"torch": torch.__version__, "cards": cards, "predictions": steps}
-    partial = options.json.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1))
-    partial.replace(options.json)
+    every = merged(options.json, cards)
+    write(options.json, json.dumps({"torch": torch.__version__, "cards": every, "predictions": steps}, indent=1))
+    write(options.page, as_markdown(every, steps))
     return 1 if any(card["spills"] for card in cards) else 0
 
 

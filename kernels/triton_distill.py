@@ -296,9 +296,10 @@ def forward(
         (6, M) parts of the rows and (6, N) of the columns, float64; size 0 if not asked for.
     """
     x, y = rows_contiguous(x), rows_contiguous(y)
-    m, n = x.shape[0], y.shape[0]
     teacher_x, teacher_y, teacher_scale, logits = _teacher_arguments(teacher, x, y)
-    tile = tiles(x.dtype, capability_of(x.device)).paired
+    table = tiles(x.dtype, capability_of(x.device))
+    tile = table.paired if kind == "soft_cross_entropy" else table.divergence
+    m, n = len(x), len(y)
     stripe, tiles_n = stripe_rows(m, n, tile), triton.cdiv(n, tile.n)
     row, col = nothing_yet(m if rows else 0, x.device), nothing_yet(n if columns else 0, x.device)
     positive = [torch.zeros(side.shape[1], device=x.device) for side in (row, col)]
@@ -360,7 +361,7 @@ def backward(
     x, y = rows_contiguous(x), rows_contiguous(y)
     teacher_x, teacher_y, teacher_scale, logits = _teacher_arguments(teacher, x, y)
     tile = tiles(x.dtype, capability_of(x.device)).paired
-    widths = (x.shape[1], teacher_x.shape[1])
+    widths, wide_scale = (x.shape[1], teacher_x.shape[1]), scale.to(torch.float32)
     options = _options(kind, logits, row[0] is not None, col[0] is not None, tile, widths)
     packed = []
     for side, size in ((row, x.shape[0]), (col, y.shape[0])):
@@ -372,7 +373,6 @@ def backward(
         room = HALF_HEADROOM / 16 if kind == "reverse_kl" else HALF_HEADROOM
         norm = room / power_of_two(torch.stack([v[3:].abs().max() for v in packed]).max())
         packed = [torch.cat([v[:3], v[3:] * norm]) for v in packed]
-    wide_scale = scale.to(torch.float32)
 
     def launch(workspace: Tensor, rows: slice, cols: slice, grid: tuple[int, int]) -> None:
         """Write the gradient weights of one superblock into the workspace."""

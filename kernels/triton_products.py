@@ -201,4 +201,4 @@ def finish(total: Tensor, features: Tensor, factor: Tensor) -> tuple[Tensor, Ten
     _finish_kernel[(programs,)](
         total, features, factor, out, dots, rows, width, features.stride(0), ROWS=block_rows, BLOCK_D=256, num_warps=4
     )
-    return out, dots.sum()
+    return out, dots.sum(dtype=torch.float64).float()  # terms of both signs: their sum must not round

@@ -38,15 +38,36 @@ class Tiles(NamedTuple):
     """Gradient products."""
     paired: Tile
     """Distillation: teacher's and student's similarities of the same tile at once."""
+    divergence: Tile
+    """Forward pass of the KL divergences, which needs both probabilities and their ratio as well."""
 
 
 _HALF = {
-    80: Tiles(Tile(128, 128, 32, 8, 3), Tile(64, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(64, 32, 32, 8, 3)),
-    90: Tiles(Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
-    100: Tiles(Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3)),
+    80: Tiles(
+        similarity=Tile(128, 128, 32, 8, 3),
+        heavy=Tile(64, 128, 32, 8, 3),
+        product=Tile(128, 128, 32, 8, 3),
+        paired=Tile(64, 32, 32, 8, 3),
+        divergence=Tile(64, 32, 32, 8, 3),
+    ),
+    90: Tiles(
+        similarity=Tile(128, 128, 64, 8, 3),
+        heavy=Tile(128, 64, 64, 8, 3),
+        product=Tile(128, 128, 64, 8, 3),
+        paired=Tile(128, 64, 64, 8, 3),
+        divergence=Tile(128, 32, 64, 8, 3),
+    ),
+    100: Tiles(
+        similarity=Tile(128, 64, 64, 8, 3),
+        heavy=Tile(128, 64, 64, 8, 3),
+        product=Tile(128, 128, 64, 8, 3),
+        paired=Tile(64, 64, 64, 8, 3),
+        divergence=Tile(64, 64, 64, 8, 3),
+    ),
 }
-_SINGLE = Tiles(Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2), Tile(64, 64, 16, 8, 2), Tile(64, 32, 16, 8, 2))
-_INTERPRETER = Tiles(*[Tile(16, 32, 16, 1, 1)] * 4)
+_SMALL = Tile(64, 32, 16, 8, 2)
+_SINGLE = Tiles(Tile(64, 64, 16, 8, 2), _SMALL, Tile(64, 64, 16, 8, 2), _SMALL, _SMALL)
+_INTERPRETER = Tiles(*[Tile(16, 32, 16, 1, 1)] * 5)
 
 
 def tiles(dtype: torch.dtype, capability: int | None) -> Tiles:
