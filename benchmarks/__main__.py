@@ -11,6 +11,7 @@ COMMANDS = {
     "cards": "kernel cards: registers, shared memory, spills and tensor-core instructions of every shipped kernel",
     "topk": "exact top-k search beside faiss and plain PyTorch",
     "weightspace": "Fisher accumulation and the anchored optimizer beside PyTorch loops",
+    "continual": "GIFT beside its peers on the built-in tasks: both orders, three seeds",
     "plotting": "draw time and memory from the recorded results (also: plot)",
 }
 ALIASES = {"plot": "plotting"}

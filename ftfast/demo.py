@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ftfast.config.resolve import resolve
 from ftfast.config.schema import SuiteConfig, TrainConfig
+from ftfast.continual_demo import SequenceDemo, run_sequence_demo
 from ftfast.engine.folder import environment
 from ftfast.engine.run import TrainResult, train
 from ftfast.errors import ConfigError
@@ -31,6 +32,7 @@ from ftfast.evaluation.results import write_atomically
 from ftfast.recipes import get_recipe
 
 BASELINE = "finetune"
+FEWSHOT = "demo-fewshot"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +97,11 @@ class DemoResult:
         }
 
 
-def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
+def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult | SequenceDemo:
     """Fine-tune the same start model naively and with a recipe, measure both, write one report.
+
+    Recipes of continual learning (those with settings for sequences and none for the demo, such as gift) learn the
+    built-in tasks one after the other instead.
 
     Args:
         config: Settings.
@@ -111,6 +116,18 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
     """
     console = console or Console(stderr=True)
     begin = time.perf_counter()
+    presets = get_recipe(config.recipe).preset_path.parent
+    name = get_recipe(config.recipe).name
+    if (presets / "continual" / f"{name}.yaml").is_file() and not (presets / "demo" / f"{name}.yaml").is_file():
+        return run_sequence_demo(
+            name,
+            config.out,
+            config.seeds,
+            config.model,
+            overwrite=config.overwrite,
+            resume=config.resume,
+            console=console,
+        )
     folder = _prepare(config)
     runs: dict[str, list[Results]] = {BASELINE: [], config.recipe: []}
     results: dict[str, TrainResult] = {}
@@ -132,19 +149,30 @@ def run_demo(config: DemoConfig, console: Console | None = None) -> DemoResult:
     return result
 
 
-def demo_settings(recipe: str, seed: int, out: Path, model: str) -> TrainConfig:
+def demo_settings(recipe: str, seed: int, out: Path, model: str, compared: str = "") -> TrainConfig:
     """Return the settings of one demo run: the recipe's preset, the demo's preset, then seed, model and folder.
+
+    Args:
+        recipe: Method of this run.
+        seed: Its seed.
+        out: Its folder.
+        model: Start model.
+        compared: Recipe of the demo that the run belongs to, which decides what is learned; empty: ``recipe``.
 
     Raises:
         ConfigError: If there is no demo preset for the recipe.
     """
-    method = get_recipe(recipe)
-    preset = method.preset_path.parent / "demo" / f"{method.name}.yaml"
+    method, subject = get_recipe(recipe), get_recipe(compared or recipe).name
+    presets = method.preset_path.parent
+    fewshot = subject != BASELINE and (presets / FEWSHOT / f"{subject}.yaml").is_file()
+    preset = presets / (FEWSHOT if fewshot else "demo") / f"{method.name}.yaml"
     if not preset.is_file():
-        known = ", ".join(sorted(path.stem for path in preset.parent.glob("*.yaml")))
-        raise ConfigError(f"the demo has no settings for recipe {recipe!r}. It has: {known}.")
+        known = {path.stem for folder in ("demo", FEWSHOT) for path in (presets / folder).glob("*.yaml")}
+        shown = ", ".join(sorted(known - {"common"}))
+        raise ConfigError(f"the demo has no settings for recipe {recipe!r}. It has: {shown}.")
+    files = [str(preset.parent / "common.yaml"), str(preset)] if fewshot else [str(preset)]
     flags = ["--recipe", method.name, "--seed", str(seed), "--out", str(out), "--model", model]
-    return resolve(method.options, method.preset, [str(preset)], flags).config
+    return resolve(method.options, method.preset, files, flags).config
 
 
 def verdict(
@@ -204,7 +232,7 @@ def _one_run(
 ) -> TrainResult:
     """Train one method with one seed, or continue it."""
     out = folder / f"seed{seed}" / name
-    settings = demo_settings(name, seed, out, config.model)
+    settings = demo_settings(name, seed, out, config.model, config.recipe)
     if len(config.seeds) > 1:  # the sweep belongs to the single-seed report; many seeds want only the end points
         settings = replace(settings, eval=replace(settings.eval, alphas=()))
     resume = config.resume and (out / "config.yaml").is_file()
@@ -236,7 +264,7 @@ def _report(
         recipe=config.recipe,
         model=config.model,
         suites=tuple(suites),
-        data="people emoji, unseen concepts and an unseen drawing hand",
+        data="people emoji in a drawing hand that training does not see",
         weights=str(results[config.recipe].folder / "final"),
         facts={"seeds": ", ".join(str(seed) for seed in config.seeds)},
     )
