@@ -160,13 +160,20 @@ def estimate_fisher(
 
     Raises:
         ConfigError: Unknown kind, or an empty loader.
-        ModelError: An operation cannot be captured, or a parameter got no gradient.
+        ModelError: An operation cannot be captured, a parameter got no gradient, or ZeRO stage 3 holds the parameters
+            in pieces.
         CheckpointError: The saved state belongs to another estimate.
     """
     options = options or FisherOptions()
     if kind not in KINDS:
         raise ConfigError(f"Fisher kind is '{kind}'; use one of {', '.join(KINDS)}")
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    pieces = [name for name, p in parameters.items() if getattr(p, "ds_numel", p.numel()) != p.numel()]
+    if pieces:
+        raise ModelError(
+            f"'{pieces[0]}' and {len(pieces) - 1} more parameters are partitioned by ZeRO stage 3, so their gradients "
+            "cannot be seen here; estimate the Fisher before deepspeed.initialize or inside GatheredParameters"
+        )
     run = _Run(model, parameters, loss, kind, options)
     run.resume()
     done = run.batches

@@ -208,6 +208,12 @@ def test_limits_and_honest_refusals(tmp_path):
     with pytest.raises(ConfigError, match="use one of"):
         estimate_fisher(model, batches, kind="exactish", loss=loss)
 
+    partitioned = make_clip()
+    weight = partitioned.visual.conv1.weight  # as ZeRO stage 3 leaves it: no elements here, the full size noted
+    weight.ds_numel, weight.data = weight.numel(), torch.empty(0)
+    with pytest.raises(ModelError, match=r"'visual\.conv1\.weight'.*before deepspeed\.initialize"):
+        estimate_fisher(partitioned, batches, loss=loss)
+
     def image_only(model, batch, generator):
         return model.encode_image(batch[0]).square().sum(-1)
 

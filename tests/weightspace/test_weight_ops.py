@@ -156,6 +156,43 @@ def test_other_layouts_and_dtypes_in_one_list():
         close(grad, expected, grad.dtype if grad.dtype.itemsize < 4 else torch.float32)
 
 
+def odd_list(seed: int) -> list[torch.Tensor]:
+    """Positive tensors in one list: channels last, with holes, transposed, and four dtypes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) + 0.1
+
+    tensors = [rand(4, 3, 5, 6).to(memory_format=torch.channels_last), rand(6, 8)[:, ::2], rand(7, 5).t()]
+    return [*tensors, rand(9).double(), rand(7).bfloat16(), rand(5).half(), rand(0, 3), rand(1)[0]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_step_and_fisher_on_other_layouts_and_dtypes(mode):
+    params, grads, first, second, starts, precisions = (odd_list(seed) for seed in range(6))
+    numbers = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+    truths, penalty = [], 0.0
+    for tensors in zip(params, grads, first, second, starts, precisions, strict=True):
+        p, g, m, v, start, precision = (t.double() for t in tensors)
+        *state, value = reference.adamw_anchored(p, g, m, v, (start, precision, 2.0), numbers, mode)
+        truths.append(state)
+        penalty += value.item()
+    anchors = Anchors(starts, precisions, [2.0] * len(params))
+    value = adamw_anchored_(params, grads, first, second, AdamWHyper(**numbers, mode=mode), anchors)
+    assert value.item() == pytest.approx(penalty, rel=2e-6)
+    fishers, squares = odd_list(6), odd_list(7)
+    expected = [
+        reference.accumulate_fisher(f.double(), g.double(), decay=0.9, weight=0.3, normalize=f.numel() > 0)
+        for f, g in zip(fishers, squares, strict=True)
+    ]
+    accumulate_fisher_(fishers, squares, decay=0.9, weight=0.3, normalize=True)
+    for index, truth in enumerate(truths):
+        dtype = params[index].dtype if params[index].dtype.itemsize < 4 else torch.float32
+        for ours, wanted in zip((params, first, second), truth, strict=True):
+            close(ours[index], wanted, dtype)
+        close(fishers[index], expected[index], dtype)
+
+
 def test_hostile_input():
     one = [torch.ones(3)]
     with pytest.raises(ShapeError, match="must match"):
