@@ -41,8 +41,10 @@ class DataConfig:
     """One source of images with texts, labels, both or neither."""
 
     path: str = ""
-    """Table (.csv .tsv .jsonl .parquet), class folders, folder of image + .txt, tars ("{0..9}.tar"), "builtin:..."."""
-    format: Literal["auto", "table", "imagefolder", "pairs", "webdataset", "builtin", "images"] = "auto"
+    """Table (.csv .jsonl .parquet), class folders, images + .txt, tars, builtin:..., torchvision:..., coop:..."""
+    format: Literal[
+        "auto", "table", "imagefolder", "pairs", "webdataset", "builtin", "torchvision", "coop", "images"
+    ] = "auto"
     """How to read path; "auto" infers it and prints what it found."""
     image_column: str = ""
     """Table column holding image paths (relative to the table's folder); empty: filepath, image, img, path, ..."""
@@ -56,6 +58,12 @@ class DataConfig:
     """Prompt templates for class names; "{}" stands for the name."""
     classes: tuple[str, ...] = ()
     """Keep only these classes, in this order (a task of a class-incremental sequence); empty: all."""
+    half: Literal["all", "base", "new"] = "all"
+    """Base-to-new protocol: keep the first half of the classes in label order (rounded up), or the others."""
+    shots: int = 0
+    """Few-shot: draw this many images of every class (all of a class that has fewer); 0: use everything."""
+    shots_seed: int = 1
+    """Seed of the few-shot draw; smaller draws are parts of larger ones."""
     min_images_per_class: int = 2
     """Fewest images a class may have; retrieval and a train/validation split need two."""
     split: Literal["all", "train", "val"] = "all"

@@ -87,6 +87,8 @@ _DATA = {
     "min_images_per_class": _AT_LEAST_1,
     "max_bad_fraction": _SHARE,
     "split_seed": _AT_LEAST_0,
+    "shots": _AT_LEAST_0,
+    "shots_seed": _AT_LEAST_0,
 }
 _OPTIM = {
     "lr": _AT_LEAST_0,

@@ -8,7 +8,15 @@ from ftfast.data.loading import BatchLoader, iterate_once, make_loader
 from ftfast.data.prompts import class_prompts, resolve_templates, template_names
 from ftfast.data.samplers import LoaderOptions
 from ftfast.data.sources import open_dataset
-from ftfast.data.splits import base_new_split, few_shot, few_shot_validation, split_classes, split_images
+from ftfast.data.splits import (
+    base_new_split,
+    class_half,
+    classes_short_of,
+    few_shot,
+    few_shot_validation,
+    split_classes,
+    split_images,
+)
 from ftfast.data.transforms import eval_transform, train_transform
 
 __all__ = [
@@ -20,7 +28,9 @@ __all__ = [
     "augmentation_seed",
     "base_new_split",
     "check_decodable",
+    "class_half",
     "class_prompts",
+    "classes_short_of",
     "duplicate_text_rate",
     "eval_transform",
     "few_shot",

@@ -11,12 +11,14 @@ import numpy as np
 
 from ftfast.config.schema import DataConfig
 from ftfast.data import folders, shards
+from ftfast.data.coop_splits import open_coop
 from ftfast.data.dataset import ImageDataset
 from ftfast.data.folders import natural_order
 from ftfast.data.images import ArrayImages, FileImages
 from ftfast.data.prompts import resolve_templates
-from ftfast.data.splits import split_classes, split_images
+from ftfast.data.splits import class_half, few_shot, split_classes, split_images
 from ftfast.data.tables import Columns, Table, is_table, read_table
+from ftfast.data.torchvision_sets import open_torchvision
 from ftfast.errors import DataError
 
 _METADATA_TABLES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -38,7 +40,9 @@ def open_dataset(config: DataConfig) -> ImageDataset:
     if not config.path:
         raise DataError("data.path is empty. Give a table, a folder of images, tars, or a built-in set.")
     whole = _open_whole(config)
-    return _side(_only(whole, config.classes) if config.classes else whole, config)
+    kept = _only(whole, config.classes) if config.classes else whole
+    side = _side(kept if config.half == "all" else class_half(kept, config.half), config)
+    return side if not config.shots else few_shot(side, config.shots, config.shots_seed)
 
 
 def _only(dataset: ImageDataset, classes: tuple[str, ...]) -> ImageDataset:
@@ -78,6 +82,10 @@ def _open_whole(config: DataConfig) -> ImageDataset:
     form = _recognise(config) if config.format == "auto" else config.format
     if form == "builtin":
         return _open_builtin(config, templates)
+    if form == "coop":
+        return open_coop(config.path, templates, config.max_bad_fraction)
+    if form == "torchvision":
+        return open_torchvision(config.path, templates, config.max_bad_fraction)
     if form == "webdataset":
         dataset = shards.open_tars(_tar_paths(config.path), templates, config.max_bad_fraction)
     elif form == "table":
@@ -97,6 +105,10 @@ def _open_whole(config: DataConfig) -> ImageDataset:
 def _recognise(config: DataConfig) -> str:
     if config.path.startswith("builtin:"):
         return "builtin"
+    if config.path.startswith("torchvision:"):
+        return "torchvision"
+    if config.path.startswith("coop:"):
+        return "coop"
     if "::" in config.path or config.path.endswith(".tar"):
         return "webdataset"
     path = Path(config.path).expanduser()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 
@@ -108,11 +110,13 @@ def few_shot(dataset: ImageDataset, shots: int, seed: int, *, repeat: bool = Fal
         The drawn images, sorted by class; all class names are kept.
 
     Raises:
-        DataError: No classes, or ``shots`` below 1.
+        DataError: No classes, no images, or ``shots`` below 1.
     """
     if shots < 1:
         raise DataError(f"few-shot sampling needs at least 1 image per class, not {shots}.")
     drawn = [order[:shots] if not repeat else np.resize(order, shots) for order in _drawn_orders(dataset, seed)]
+    if not drawn:
+        raise DataError(f"{dataset.name} ({dataset.origin}) has no images to draw from.")
     return dataset.subset(np.concatenate(drawn), keep_classes=True)
 
 
@@ -130,7 +134,9 @@ def few_shot_validation(dataset: ImageDataset, shots: int, seed: int) -> ImageDa
     Raises:
         DataError: No classes, or no class has more than ``shots`` images.
     """
-    drawn = np.concatenate([order[shots : shots + min(shots, 4)] for order in _drawn_orders(dataset, seed)])
+    drawn = np.concatenate(
+        [np.empty(0, np.int64), *(order[shots : shots + min(shots, 4)] for order in _drawn_orders(dataset, seed))]
+    )
     if not len(drawn):
         raise DataError(f"{dataset.name}: no class has more than {shots} images, so none is left for validation.")
     return dataset.subset(drawn, keep_classes=True)
@@ -155,6 +161,38 @@ def base_new_split(dataset: ImageDataset) -> tuple[ImageDataset, ImageDataset]:
         raise DataError(f"{dataset.name}: a base/new split needs two classes, but there is only '{class_names[0]}'.")
     base = labels < -(-len(class_names) // 2)
     return dataset.subset(np.flatnonzero(base)), dataset.subset(np.flatnonzero(~base))
+
+
+def class_half(dataset: ImageDataset, half: Literal["base", "new"]) -> ImageDataset:
+    """Keep the first ceil(n / 2) classes in label order ("base"), or the others ("new"), by name, not by presence.
+
+    Unlike :func:`base_new_split`, a class without images keeps its number, so that the training and the test side of a
+    set are numbered alike.
+
+    Args:
+        dataset: Images with at least two classes.
+        half: Which classes.
+
+    Returns:
+        Their images, relabelled from 0.
+
+    Raises:
+        DataError: Fewer than two classes.
+    """
+    labels, class_names = _classes(dataset, "a base/new split")
+    if len(class_names) < 2:
+        raise DataError(f"{dataset.name}: a base/new split needs two classes, but there is only '{class_names[0]}'.")
+    cut = -(-len(class_names) // 2)
+    low, high = (0, cut) if half == "base" else (cut, len(class_names))
+    chosen = dataset.subset(np.flatnonzero((labels >= low) & (labels < high)), keep_classes=True)
+    own = np.asarray(chosen.labels) - low
+    return replace(chosen, labels=own, class_names=class_names[low:high], origin=f"{dataset.origin}, {half} classes")
+
+
+def classes_short_of(dataset: ImageDataset, shots: int) -> int:
+    """Count the classes that have fewer than ``shots`` images; a few-shot draw takes all of theirs."""
+    labels, class_names = _classes(dataset, "few-shot sampling")
+    return int((np.bincount(labels, minlength=len(class_names)) < shots).sum())
 
 
 def _members(labels: np.ndarray) -> list[np.ndarray]:

@@ -218,9 +218,9 @@ def require_trainable(loaded: LoadedModel, plan: Plan, config: TrainConfig) -> N
     """Refuse a run in which no weight of the model would move.
 
     Raises:
-        ConfigError: If every parameter of the CLIP is frozen.
+        ConfigError: If every parameter of the CLIP is frozen, unless the plan trains something beside it to keep.
     """
-    if not any(p.requires_grad for p in loaded.model.parameters()):
+    if plan.export is None and not any(p.requires_grad for p in loaded.model.parameters()):
         raise ConfigError(
             f"nothing is left to train in {config.model.name!r}: unlock model.lock_image or model.lock_text."
         )

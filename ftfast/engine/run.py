@@ -163,7 +163,7 @@ def _validation(run: Run) -> Any:
 
     def validate() -> tuple[dict[str, float], float]:
         """Evaluate the validation suites and return their main metrics and the selection score."""
-        results = _evaluate(run, run.validation)
+        results = measure(run, run.validation)
         suites = [suite.config for suite in run.validation]
         scalars = {f"{s.name}/{main_metric(s)}": results[s.name][main_metric(s)] for s in suites}
         if run.config.eval.selection in ("target", "control"):
@@ -173,8 +173,17 @@ def _validation(run: Run) -> Any:
     return validate
 
 
-def _evaluate(run: Run, suites: Sequence[Any]) -> Results:
-    """Measure the model as it is now; its mode is restored."""
+def measure(run: Run, suites: Sequence[Any], *, tuned: bool = True) -> Results:
+    """Measure the model as it is now; its mode is restored.
+
+    Args:
+        run: The run.
+        suites: What to measure.
+        tuned: Whether what was trained beside the model classifies, where the recipe has such a thing.
+
+    Returns:
+        Suite name -> metric -> value.
+    """
     return evaluate(
         run.loaded,
         suites,
@@ -182,6 +191,7 @@ def _evaluate(run: Run, suites: Sequence[Any]) -> Results:
         device=run.device,
         cache=run.pixels,
         workers=0 if run.device.type == "cpu" else run.config.train.workers,
+        classify=run.plan.classify if tuned else None,
     )
 
 
@@ -191,7 +201,7 @@ def _measured_before(run: Run, folder: Path, console: Console) -> Results:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     console.print("measuring the start model", highlight=False, soft_wrap=True)
-    before = _evaluate(run, run.suites)
+    before = measure(run, run.suites, tuned=False)
     write_atomically(path, json.dumps(before, indent=2) + "\n")
     return before
 
@@ -204,7 +214,7 @@ def _measure_after(
     tuned = {name: tensor.cpu() for name, tensor in tuned.items()}
     final = tuned if run.plan.finalize is None else run.plan.finalize(run.start, tuned)
     run.loaded.model.load_state_dict(final)
-    after = _evaluate(run, run.suites)
+    after = measure(run, run.suites)
     known = {0.0: before} if run.plan.finalize else {0.0: before, 1.0: after}
     sweep = alpha_sweep(
         run.loaded,
@@ -246,6 +256,8 @@ def finish(run: Run, trainer: Trainer, result: TrainResult, console: Console) ->
     card = model_card(info, rows, [f"{paper.title} ({paper.reference})" for paper in recipe.papers])
     save_open_clip_folder(final, run.loaded.model.state_dict(), run.loaded, card)
     check_reload(run, final)
+    if run.plan.export is not None:
+        run.plan.export(result.folder)
     page = write_report(
         result.folder,
         before=result.before,

@@ -44,12 +44,42 @@ def run_task(
         CheckpointError: The disk is full, or the folder belongs to other settings.
         FtfastError: Whatever stops training.
     """
+    run = fit_task(config, history, folder, console, resume=resume)
+    writing(folder, lambda: _write(run, folder, card))
+
+
+def fit_task(
+    config: TrainConfig,
+    history: History,
+    folder: Path,
+    console: Console,
+    *,
+    resume: bool,
+    command: str = "ftfast continual",
+) -> Run:
+    """Train one task and put the weights to keep into the model; nothing but checkpoints and logs is written.
+
+    Args:
+        config: Settings of the task; ``eval.suites`` must be given.
+        history: What the previous tasks left behind.
+        folder: Folder of the task.
+        console: Where to tell what happens.
+        resume: Continue training that was interrupted in the folder, if there is any.
+        command: Who trains, for command.txt.
+
+    Returns:
+        The run, with tuned weights in ``run.loaded.model`` and trained heads in its plan.
+
+    Raises:
+        CheckpointError: The folder belongs to other settings.
+        FtfastError: Whatever stops training.
+    """
     run = assemble(config, history)
     started = resume and (folder / "config.yaml").is_file()
     if started:
         require_same(folder, run.config)
     else:
-        create_folder(folder, run.config, ["(a task of ftfast continual)"])
+        create_folder(folder, run.config, [f"(part of {command})"])
     trainer = build_trainer(run, folder, started, console, None)
     with TrainingProgress(console, run.total_steps, trainer.state.step, run.config.log.every_steps, folder) as progress:
         try:
@@ -59,9 +89,9 @@ def run_task(
             for loader in run.loaders.values():
                 loader.close()
     tuned = {name: tensor.cpu() for name, tensor in trainer.selected_weights().items()}
-    kept = tuned if run.plan.finalize is None else run.plan.finalize(run.start, tuned)
-    run.loaded.model.load_state_dict(kept)
-    writing(folder, lambda: _write(run, folder, card))
+    run.loaded.model.load_state_dict(tuned if run.plan.finalize is None else run.plan.finalize(run.start, tuned))
+    run.loaded.model.eval()
+    return run
 
 
 def _write(run: Run, folder: Path, card: str) -> None:

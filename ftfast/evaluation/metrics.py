@@ -369,10 +369,31 @@ def classification_metrics(image_features: Array, class_features: Array, labels:
     images, candidates, truth = _features(image_features), _features(class_features), _to_numpy(labels)
     _check_lengths(len(images), len(truth), len(candidates), len(candidates))
     ranking = rank(images, candidates, truth, np.arange(len(candidates)), depth=5)
-    first = recall_at_k(ranking, 1)
+    fifth = recall_at_k(ranking, min(5, len(candidates)))
+    return _accuracies(recall_at_k(ranking, 1), fifth, truth, len(candidates))
+
+
+def score_metrics(scores: Array, labels: Array) -> dict[str, float]:
+    """Like :func:`classification_metrics`, from scores of any origin; of equal scores the first class wins.
+
+    Args:
+        scores: ``(N, C)``.
+        labels: ``(N,)`` true classes.
+
+    Returns:
+        The same metrics.
+    """
+    table, truth = _to_numpy(scores), _to_numpy(labels)
+    _check_lengths(len(table), len(truth), table.shape[1], table.shape[1])
+    order = np.argsort(-table, axis=1, kind="stable")[:, :5]
+    hits = order == truth[:, None]
+    return _accuracies(hits[:, 0].astype(float), hits.any(axis=1).astype(float), truth, table.shape[1])
+
+
+def _accuracies(first: np.ndarray, fifth: np.ndarray, truth: np.ndarray, classes: int) -> dict[str, float]:
     _, place, counts = np.unique(truth, return_inverse=True, return_counts=True)
     per_class = np.bincount(place, weights=first) / counts
     result = {"acc1": float(first.mean()), "mean_per_class_recall": float(per_class.mean())}
-    if len(candidates) > 5:
-        result["acc5"] = float(recall_at_k(ranking, 5).mean())
+    if classes > 5:
+        result["acc5"] = float(fifth.mean())
     return result

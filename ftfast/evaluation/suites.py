@@ -20,6 +20,7 @@ from ftfast.evaluation.metrics import (
     ensemble_class_features,
     image_text_metrics,
     retrieval_metrics,
+    score_metrics,
 )
 from ftfast.models.loading import LoadedModel
 
@@ -146,6 +147,7 @@ class _Encoder:
     workers: int
     cache: PixelCache | None
     progress: Progress | None
+    classify: Callable[[torch.Tensor, Sequence[str]], torch.Tensor | None] | None = None
     _images: dict[str, ImageEmbeddings] = field(default_factory=dict)
 
     def images(self, dataset: ImageDataset) -> ImageEmbeddings:
@@ -186,6 +188,7 @@ def evaluate(
     cache: PixelCache | None = None,
     workers: int = 0,
     progress: Progress | None = None,
+    classify: Callable[[torch.Tensor, Sequence[str]], torch.Tensor | None] | None = None,
 ) -> Results:
     """Measure a CLIP on every suite.
 
@@ -199,6 +202,8 @@ def evaluate(
         cache: Keeps the transformed images between calls.
         workers: Decoding processes.
         progress: Progress callback.
+        classify: Scores (N, C) of images for class names, in place of class prompts (learned prompts, a classifier);
+            where it returns None, class prompts decide.
 
     Returns:
         Suite name -> metric -> value in [0, 1].
@@ -209,13 +214,18 @@ def evaluate(
     """
     network = loaded.model if model is None else model
     place = device if device is not None else next((p.device for p in network.parameters()), "cpu")
-    encoder = _Encoder(network, loaded, batch_size, place, workers, cache, progress)
+    encoder = _Encoder(network, loaded, batch_size, place, workers, cache, progress, classify)
     return {suite.config.name: _MEASURE[suite.config.task](suite, encoder) for suite in open_suites(suites)}
 
 
 def _zero_shot(suite: Suite, encoder: _Encoder) -> dict[str, float]:
     data = suite.queries
     names = tuple(data.class_names or ())
+    if encoder.classify is not None:
+        images = encoder.images(data)
+        scores = encoder.classify(images.features, names)
+        if scores is not None:
+            return score_metrics(scores, _labels(data)[images.indices.numpy()])
     prompts = class_prompts(names, data.templates)
     flat = [prompt for group in prompts for prompt in group]
     owner = np.repeat(np.arange(len(names)), [len(group) for group in prompts])

@@ -28,6 +28,11 @@ RECIPE_MODULES = {
     "gift": "gift",
     "zscl": "zscl",
     "ewc-online": "ewc_online",
+    "clip-cite": "clip_cite",
+    "coop": "coop",
+    "cocoop": "cocoop",
+    "kgcoop": "kgcoop",
+    "contcoop": "contcoop",
 }
 
 
@@ -66,6 +71,9 @@ View = Literal["random_resized_crop", "resize_crop", "eval"]
 
 TextSource = Callable[[Batch, int], Sequence[str]]
 """Maps a batch and the step number to the texts encoded for it."""
+
+Classify = Callable[[Tensor, Sequence[str]], Tensor | None]
+"""Maps unit image features (N, D) and C class names to scores (N, C); None: these classes by class prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +141,9 @@ class Plan:
             it (weight ensemble); 0: end with the last weights.
         carry: Called with nothing once the kept weights are in the model; returns the tensors that the next task's
             :class:`History` holds.
+        classify: Scores images for class names with what was trained beside the CLIP; None: by class prompts.
+        export: Writes what was trained beside a CLIP that stays as it is (learned prompts) into a folder; such a plan
+            may leave every weight of the CLIP frozen.
     """
 
     batches: tuple[BatchSpec, ...]
@@ -145,6 +156,8 @@ class Plan:
     importance_steps: int = 0
     average_every: int = 0
     carry: Callable[[], dict[str, Tensor]] | None = None
+    classify: Classify | None = None
+    export: Callable[[Path], None] | None = None
 
     def active(self, step: int) -> tuple[BatchSpec, ...]:
         """Return the batches of step ``step`` (0-based)."""
