@@ -1,6 +1,8 @@
 """One rank of a ZeRO test (run by test_zero.py): AnchoredAdamW under DeepSpeed beside the same steps in one process.
 
-Usage: zero_worker.py RANK WORLD PORT STAGE FOLDER
+All stages run in one pair of processes, because importing DeepSpeed takes longer than the test.
+
+Usage: zero_worker.py RANK WORLD PORT FOLDER
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-RANK, WORLD, PORT, STAGE, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+RANK, WORLD, PORT, FOLDER = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 os.environ.update(
     DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT, RANK=str(RANK), LOCAL_RANK=str(RANK),
     WORLD_SIZE=str(WORLD), OMP_NUM_THREADS="1", DS_BUILD_OPS="0",
@@ -24,7 +26,6 @@ from ftfast.weightspace.sharding import global_penalty, observe_replay_gradient 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 4,
     "gradient_clipping": 0.0,
-    "zero_optimization": {"stage": STAGE, "stage3_param_persistence_threshold": 0},
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "steps_per_print": 10_000,
@@ -86,10 +87,11 @@ def single_process(kind: str, mode: str, steps: int) -> tuple[list[list[float]],
     return log, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def make_engine(kind: str, mode: str):
+def make_engine(stage: int, kind: str, mode: str):
     model = make_model()
     optimizer = make_optimizer(model, kind, mode)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
+    config = {**CONFIG, "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine, optimizer
 
 
@@ -132,20 +134,22 @@ def main() -> None:
     for kind, mode in (("ewc", "coupled"), ("l2_sp", "coupled"), ("awc", "coupled"), ("ewc", "proximal")):
         expected_log, expected_weights = single_process(kind, mode, 6)
         assert expected_log[-1][1] > 0
-        engine, optimizer = make_engine(kind, mode)
-        log = train(engine, optimizer, kind, range(3))
-        folder = os.path.join(FOLDER, f"{kind}-{mode}")
-        engine.save_checkpoint(folder, tag="three")
-        log += train(engine, optimizer, kind, range(3, 6))
-        compare(f"{kind} {mode}", log, full_weights(engine), expected_log, expected_weights)
+        for stage in (1, 2, 3):
+            label = f"stage {stage} {kind} {mode}"
+            engine, optimizer = make_engine(stage, kind, mode)
+            log = train(engine, optimizer, kind, range(3))
+            folder = os.path.join(FOLDER, label.replace(" ", "-"))
+            engine.save_checkpoint(folder, tag="three")
+            log += train(engine, optimizer, kind, range(3, 6))
+            compare(label, log, full_weights(engine), expected_log, expected_weights)
 
-        engine, optimizer = make_engine(kind, mode)
-        train(engine, optimizer, kind, range(50, 51))  # anything, so that restored state has something to replace
-        engine.load_checkpoint(folder, tag="three")
-        resumed = train(engine, optimizer, kind, range(3, 6))
-        compare(f"{kind} {mode} resumed", resumed, full_weights(engine), expected_log[3:], expected_weights)
-        if RANK == 0:
-            print(f"ok {kind} {mode}", flush=True)
+            engine, optimizer = make_engine(stage, kind, mode)
+            train(engine, optimizer, kind, range(50, 51))  # so that restored state has something to replace
+            engine.load_checkpoint(folder, tag="three")
+            resumed = train(engine, optimizer, kind, range(3, 6))
+            compare(f"{label} resumed", resumed, full_weights(engine), expected_log[3:], expected_weights)
+            if RANK == 0:
+                print(f"ok {label}", flush=True)
     torch.distributed.destroy_process_group()
 
 
