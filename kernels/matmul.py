@@ -7,7 +7,6 @@ import functools
 import torch
 from torch import Tensor
 
-
 _PIECE = 128  # terms added up in a row: oneDNN adds all of them in order, and over 512 its error is twice that of MKL
 
 

@@ -65,8 +65,8 @@ _HALF = {
         divergence=Tile(64, 64, 64, 8, 3),
     ),
 }
-_SMALL = Tile(64, 32, 16, 8, 2)
-_SINGLE = Tiles(Tile(64, 64, 16, 8, 2), _SMALL, Tile(64, 64, 16, 8, 2), _SMALL, _SMALL)
+_SMALL = Tile(64, 32, 16, 4, 2)
+_SINGLE = Tiles(Tile(64, 64, 16, 4, 2), _SMALL, Tile(64, 64, 16, 4, 2), _SMALL, _SMALL)
 _INTERPRETER = Tiles(*[Tile(16, 32, 16, 1, 1)] * 5)
 
 
