@@ -71,14 +71,6 @@ def shipped(dtypes: Sequence[str] = ("bf16", "fp16", "fp32")) -> Iterator[Card]:
         yield Card("triton_products._finish_kernel", "", dtype, -1, {"ROWS": 4, "BLOCK_D": 256})
 
 
-def gate() -> Iterator[Card]:
-    """Yield the configurations compiled on every test run: all of bfloat16, one of each kind in the other dtypes."""
-    yield from shipped(("bf16",))
-    for card in shipped(("fp16", "fp32")):
-        if card.variant in ("pair", "soft", "dX"):
-            yield card
-
-
 def argument_types(kernel: Any, dtype: str) -> dict[str, str]:
     """Return the Triton type of every runtime argument of a kernel, by the naming rules of ``kernels/``."""
     features = {"x_ptr", "y_ptr", "g_ptr", "teacher_x_ptr", "teacher_y_ptr"}

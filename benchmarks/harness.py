@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+MEASURED = ("../kernels", "../csrc", "../ftfast/losses", "../ftfast/weightspace", "../ftfast/search", "*.py")
+"""What the benchmarks run, seen from their folder."""
 PACKAGES = (
     "torch",
     "triton",
@@ -261,7 +263,7 @@ def device_slug(device: torch.device | str) -> str:
 
 
 def git_commit() -> str:
-    """Return the commit of the working tree, with ``+changes`` if tracked files differ from it."""
+    """Return the commit of the working tree, with ``+changes`` if files that the benchmarks measure differ from it."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -269,7 +271,7 @@ def git_commit() -> str:
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../kernels", "../ftfast", "../csrc", ".")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

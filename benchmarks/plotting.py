@@ -40,7 +40,7 @@ def draw(axes: Axes, cases: list[dict[str, Any]], value: str, label: str) -> Non
         done = [case for case in cases if case["implementation"] == name and "both" in case]
         rows = [case["rows"] for case in done]
         if value == "time":
-            heights = [case["both"]["best_ms"] for case in done]  # a busy machine stalls medians, not minima
+            heights = [case["both"]["median_ms"] for case in done]
         else:
             heights = [case["peak_bytes"] / 2**20 for case in done]
         axes.plot(rows, heights, marker="o", markersize=4, label=name, color=colour(name, names), linewidth=1.6)

@@ -34,10 +34,10 @@ def test_every_triton_kernel_in_the_interpreter() -> None:
 def test_every_shipped_kernel_compiles_without_spills_and_uses_tensor_cores() -> None:
     from ftfast.kernels.aot import REGISTER_LIMIT, SHARED_LIMIT
 
-    from benchmarks.cards import ARCHITECTURES, compile_all, gate
+    from benchmarks.cards import ARCHITECTURES, compile_all, shipped
 
-    cards = compile_all(gate(), ARCHITECTURES, jobs=2)
-    assert len(cards) == len(ARCHITECTURES) * len(list(gate()))
+    cards = compile_all(shipped(), ARCHITECTURES, jobs=2)
+    assert len(cards) == len(ARCHITECTURES) * len(list(shipped()))
     problems = []
     for card in cards:
         name = f"{card['kernel']} {card['variant']} {card['dtype']} sm_{card['architecture']}"

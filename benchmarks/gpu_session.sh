@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: the gpu-marked tests, every benchmark, the plots.
+#   bash benchmarks/gpu_session.sh [FOLDER]      records and log go there (default: benchmarks/results)
+# Steps go on after a failure; the last line names those that failed. SMOKE=1 runs tiny sizes, also without a GPU.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${1:-benchmarks/results}
+PYTHON=${PYTHON:-python3}
+SMOKE=${SMOKE:+--smoke}
+mkdir -p "$OUT"
+failed=()
+
+step() {
+  local name=$1
+  shift
+  echo "== $name: $*"
+  timeout "${STEP_SECONDS:-420}" "$@" 2>&1 | tee "$OUT/gpu_$name.log" || failed+=("$name")
+}
+
+step doctor "$PYTHON" -m ftfast doctor
+step tests "$PYTHON" -m pytest -q -m gpu tests
+step losses "$PYTHON" -m benchmarks losses ${SMOKE:-} --out "$OUT"
+step topk "$PYTHON" -m benchmarks topk ${SMOKE:-}
+step weightspace "$PYTHON" -m benchmarks weightspace ${SMOKE:-}
+step plot "$PYTHON" -m benchmarks plot
+[ "$OUT" = benchmarks/results ] || cp benchmarks/results/*_cuda.json benchmarks/results/*.png "$OUT" 2>/dev/null
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
+echo "all steps passed"
