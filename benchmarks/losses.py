@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -119,6 +120,7 @@ def measure_size(
     device = torch.device(arguments.device)
     records: list[dict[str, Any]] = []
     working = {}
+    torch.compiler.reset()  # every size compiled for itself: beyond eight variants the compiler falls back to eager
     for name, implementation in runnable.items():
         record: dict[str, Any] = {"op": operation.name, "implementation": name, "rows": len(inputs[0])}
         records.append(record)
@@ -197,6 +199,29 @@ def row(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def merged(arguments: argparse.Namespace, settings: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put the losses that were measured into the record, and keep the others of the same settings.
+
+    Args:
+        arguments: The command line.
+        settings: What all losses of a record have in common.
+        records: The cases just measured.
+
+    Returns:
+        The record's payload; every case names its commit.
+    """
+    for record in records:
+        record["commit"] = harness.git_commit()
+    path = arguments.out / f"losses_{harness.device_slug(arguments.device)}.json"
+    kept = []
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("settings") == settings:
+            kept = [case for case in before["cases"] if case["op"] not in arguments.op]
+    cases = sorted([*kept, *records], key=lambda case: list(OPERATIONS).index(case["op"]))
+    return {"settings": settings, "cases": cases}
+
+
 def main(argv: list[str]) -> int:
     """Measure, print the table and write ``losses_<device>.json``.
 
@@ -215,6 +240,7 @@ def main(argv: list[str]) -> int:
         "error_rows": arguments.error_rows,
         "smoke": arguments.smoke,
     }
-    path = harness.write_result("losses", {"settings": settings, "cases": records}, arguments.device, arguments.out)
+    payload = merged(arguments, settings, records)
+    path = harness.write_result("losses", payload, arguments.device, arguments.out)
     print(f"\nwrote {path}")
     return 0

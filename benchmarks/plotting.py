@@ -71,7 +71,7 @@ def plot_losses(path: Path, folder: Path) -> list[Path]:
     for op in dict.fromkeys(case["op"] for case in record["cases"]):
         cases = [case for case in record["cases"] if case["op"] == op]
         figure, axes = plt.subplots(1, 2, figsize=(9.6, 3.9), layout="constrained")
-        draw(axes[0], cases, "time", "forward + backward, ms (best of repeats)")
+        draw(axes[0], cases, "time", "forward + backward, ms (median)")
         draw(axes[1], cases, "memory", "peak memory beyond inputs, MiB")
         axes[0].legend(frameon=False)
         figure.suptitle(
