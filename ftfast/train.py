@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Resolve settings and run what the command line asks for.
+    """Resolve settings and run what the command line asks for, in this process or as one of several.
 
     Args:
         argv: Arguments after the program name, with the recipe as ``--recipe NAME``; None: ``sys.argv``.
@@ -24,11 +25,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         FtfastError: Any problem a user can fix; :func:`ftfast.cli.main` turns it into one sentence and an exit code.
     """
+    from ftfast.errors import FtfastError
+
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except FtfastError:
+        if not _first():
+            # Most problems meet every process; the first one reports them, and its launcher ends the others meanwhile.
+            time.sleep(5.0)
+        raise
+
+
+def _first() -> bool:
+    """Whether this process prints: the only one, or the first of those a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _run(words: list[str]) -> int:
     from ftfast.config.arguments import split_arguments
     from ftfast.config.resolve import find_recipe, resolve, with_origins
     from ftfast.recipes import get_recipe
 
-    words = list(sys.argv[1:] if argv is None else argv)
     arguments = split_arguments(words)
     if arguments.help:
         from ftfast.cli.train_command import run
@@ -37,41 +54,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = get_recipe(find_recipe(arguments.files, arguments.overrides)[0])
     resolved = resolve(recipe.options, recipe.preset, arguments.files, arguments.overrides)
     if arguments.print_config:
-        print(with_origins(resolved), end="")
+        if _first():
+            print(with_origins(resolved), end="")
         return 0
 
-    _require_one_process()
     from rich.console import Console
 
     console = Console(stderr=True)
     if arguments.dry_run:
         from ftfast.engine.dry_run import dry_run
 
-        dry_run(resolved, console, resume=arguments.resume, overwrite=arguments.overwrite)
+        if _first():
+            dry_run(resolved, console, resume=arguments.resume, overwrite=arguments.overwrite)
         return 0
 
-    from ftfast.engine.run import train
+    from ftfast.engine.launching import train_together
 
-    result = train(resolved.config, argv=words, resume=arguments.resume, overwrite=arguments.overwrite, console=console)
-    if arguments.json:
+    result = train_together(
+        resolved.config, argv=words, resume=arguments.resume, overwrite=arguments.overwrite, console=console
+    )
+    if arguments.json and _first():
         print(json.dumps(result.as_dict(), indent=2))
     return 0
-
-
-def _require_one_process() -> None:
-    """Refuse a launcher's second process: each would train alone and write into the same folder.
-
-    Raises:
-        ConfigError: If WORLD_SIZE is above 1.
-    """
-    from ftfast.errors import ConfigError
-
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(
-            f"WORLD_SIZE is {processes}, but this version trains in one process. "
-            "Launch one (--nproc_per_node 1 or --num_gpus 1) and use --accum-freq for a larger batch."
-        )
 
 
 if __name__ == "__main__":

@@ -109,7 +109,6 @@ ALIASES: dict[str, Alias] = _table()
 VALUE_ALIASES: dict[str, str] = {
     "bf16": "amp_bf16",
     "bfloat16": "amp_bf16",
-    "pure_bf16": "amp_bf16",
     "fp16": "amp_fp16",
     "float16": "amp_fp16",
     "amp": "amp_fp16",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -12,6 +13,9 @@ from ftfast.config.aliases import explain_unknown
 from ftfast.config.settings import SHORTHAND_FIELD, SettingsIndex, optional_inner
 from ftfast.config.yaml_io import INVALID, Reader, Source, scalar_node
 from ftfast.errors import ConfigError
+
+MODEL_PRESETS = Path(__file__).parents[1] / "recipes" / "presets" / "models"
+"""Settings for large models, named by ``--config``."""
 
 SHORTHANDS: dict[str, str] = {
     "data": "data.path",
@@ -30,6 +34,8 @@ SHORTHANDS: dict[str, str] = {
     "precision": "train.precision",
     "device": "train.device",
     "workers": "train.workers",
+    "zero": "deepspeed.zero",
+    "deepspeed_config": "deepspeed.config",
     "report_to": "log.report_to",
 }
 """Short flags (with underscores) and the setting each means; ``--recipe``, ``--out``, ``--seed`` need none."""
@@ -99,7 +105,7 @@ def split_arguments(argv: Sequence[str]) -> TrainArguments:
         elif key in SWITCHES and name.startswith("--") and not equals:
             found[key] = True
         elif key in ("config", "-c"):
-            files.append(value if equals else _next_value(tokens, name, "a YAML file"))
+            files.append(preset_file(value if equals else _next_value(tokens, name, "a YAML file")))
         elif key == "local_rank":
             found[key] = _rank(value if equals else _next_value(tokens, name, "a number"), name)
         elif key == "resume" and name.startswith("--"):
@@ -112,6 +118,19 @@ def split_arguments(argv: Sequence[str]) -> TrainArguments:
         else:
             overrides.append(token)
     return TrainArguments(files=tuple(files), overrides=tuple(overrides), **found)
+
+
+def preset_file(name: str) -> str:
+    """Find a preset of a large model by its name, as in ``--config ViT-g-14``.
+
+    Args:
+        name: What was given as a configuration file.
+
+    Returns:
+        The preset's path if there is no such file but a preset of that name, else what was given.
+    """
+    preset = MODEL_PRESETS / f"{name}.yaml"
+    return str(preset) if not Path(name).exists() and "/" not in name and preset.is_file() else name
 
 
 def _next_value(tokens: list[str], flag: str, what: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Precision = Literal["fp32", "amp_bf16", "amp_fp16"]
+Precision = Literal["fp32", "amp_bf16", "amp_fp16", "pure_bf16", "pure_fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,12 @@ class ModelConfig:
     """Use stored BatchNorm statistics while training (batch statistics of a small set exaggerate forgetting)."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    attention: Literal["sdpa", "xformers", "native"] = "sdpa"
+    """PyTorch's fused attention, xformers' (its release must match the installed PyTorch), or plain products."""
+    compile_image: bool = False
+    """Compile the image tower with torch.compile."""
+    compile_text: bool = False
+    """Compile the text tower with torch.compile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +129,31 @@ class LoopConfig:
     global_batch_size: int = 0
     """If set, must equal batch_size x accum_freq x processes; a guard against mistakes."""
     precision: Precision = "fp32"
-    """fp32, or automatic mixed precision in bfloat16 or float16 (with loss scaling)."""
+    """fp32; mixed in bfloat16 or float16 (amp_*); pure_*: weights in 16 bits, fp32 copies in ZeRO's shards."""
     device: str = "auto"
     """Where to run: "auto" (cuda if present), "cpu" or "cuda:0"."""
     workers: int = 2
     """Data loading processes; 0 loads in the main process."""
+    exchange: Literal["gather", "ring"] = "gather"
+    """How contrastive losses on pairs meet other processes: gather all features, or pass texts around a ring."""
+    timeout_s: float = 1800.0
+    """Longest wait for another process inside one exchange; a process that died is noticed within a minute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedConfig:
+    """Training on several GPUs with DeepSpeed ZeRO."""
+
+    zero: int | None = None
+    """What processes divide: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights; none: no DeepSpeed."""
+    config: str = ""
+    """A DeepSpeed JSON file of your own; contradictions with other settings are refused."""
+    offload_optimizer: bool = False
+    """Keep optimizer state, anchor and importance in CPU memory (ZeRO 1 to 3)."""
+    offload_param: bool = False
+    """Keep this process's share of the weights in CPU memory (ZeRO 3)."""
+    zero_init: bool = False
+    """Build the model in shards, for models that do not fit one GPU; the first process reads the weights (ZeRO 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +232,8 @@ class TrainConfig:
     """Optimizer."""
     train: LoopConfig = field(default_factory=LoopConfig)
     """Loop."""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    """DeepSpeed."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -6,7 +6,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ftfast.config.schema import DataConfig, EvalConfig, LoopConfig, ModelConfig, OptimConfig, SuiteConfig, TrainConfig
+from ftfast.config.schema import (
+    DataConfig,
+    DeepSpeedConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimConfig,
+    SuiteConfig,
+    TrainConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ def find_problems(config: TrainConfig, *, world_size: int = 1, total_steps: int 
         *_data(config.generic, "generic"),
         *_optim(config.optim),
         *_warmup(config, total_steps),
-        *_loop(config.train, world_size),
+        *_loop(config, world_size),
+        *_deepspeed(config.deepspeed),
         *_ranges(_CHECKPOINT_AND_LOG, config),
         *_evaluation(config.eval),
         *_seed(config.seed),
@@ -109,6 +118,7 @@ _LOOP = {
     "accum_freq": _AT_LEAST_1,
     "global_batch_size": _AT_LEAST_0,
     "workers": _AT_LEAST_0,
+    "timeout_s": _POSITIVE,
 }
 _CHECKPOINT_AND_LOG = {
     "checkpoint.every_steps": _AT_LEAST_0,
@@ -178,7 +188,8 @@ def _warmup(config: TrainConfig, total_steps: int | None) -> Iterator[Problem]:
         )
 
 
-def _loop(loop: LoopConfig, world_size: int) -> Iterator[Problem]:
+def _loop(config: TrainConfig, world_size: int) -> Iterator[Problem]:
+    loop = config.train
     yield from _ranges(_LOOP, loop, "train.")
     if loop.max_steps == 0 and loop.epochs <= 0:
         yield Problem(
@@ -198,8 +209,19 @@ def _loop(loop: LoopConfig, world_size: int) -> Iterator[Problem]:
             "train.precision is amp_fp16 but train.device is cpu. Use amp_bf16 or fp32 there.",
             ("train.precision", "train.device"),
         )
+    if loop.precision.startswith("pure_") and config.deepspeed.zero is None and not config.deepspeed.config:
+        yield Problem(
+            f"train.precision {loop.precision} keeps its full-precision weights in ZeRO's shards. Add --zero 1, 2 or "
+            f"3, or use {loop.precision.replace('pure', 'amp')}.",
+            ("train.precision", "deepspeed.zero"),
+        )
     if loop.device not in ("auto", "cpu", "cuda") and not _is_cuda_index(loop.device):
         yield Problem(f"train.device is '{loop.device}'. Use auto, cpu, cuda or cuda:0.", ("train.device",))
+
+
+def _deepspeed(deepspeed: DeepSpeedConfig) -> Iterator[Problem]:
+    if deepspeed.zero is not None and not 0 <= deepspeed.zero <= 3:
+        yield Problem(f"deepspeed.zero is {deepspeed.zero}. Use 0, 1, 2 or 3, or leave it out.", ("deepspeed.zero",))
 
 
 def _is_cuda_index(device: str) -> bool:

@@ -174,9 +174,10 @@ class BatchLoader:
     def _identity(self) -> dict[str, Any]:
         return {
             "fingerprint": self._dataset.fingerprint,
-            "world_size": self._options.world_size,
             "images_per_class": self._options.images_per_class,
             **self._settings,
+            # Of all processes together, so that a run can go on with another number of them.
+            "batch_size": self._settings["batch_size"] * self._options.world_size,
         }
 
     def _open_stream(self) -> Iterator[Fetched]:

@@ -7,20 +7,24 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ftfast.config.schema import DataConfig, LoopConfig, SuiteConfig, TrainConfig
 from ftfast.data import BatchLoader, ImageDataset, make_loader, open_dataset, train_transform
+from ftfast.data.samplers import LoaderOptions
+from ftfast.engine.deepspeed_settings import zero_stage
 from ftfast.engine.feature_cache import cached_image_features
 from ftfast.engine.objective import Objective, Teachers
+from ftfast.engine.processes import Processes
 from ftfast.engine.schedules import warmup_steps
-from ftfast.engine.torch_engine import TorchEngine, TunedModel
+from ftfast.engine.torch_engine import Engine, TorchEngine, TunedModel
 from ftfast.errors import ConfigError
 from ftfast.evaluation import PixelCache, Suite, default_suites, open_suites
 from ftfast.models import LoadedModel, apply_locks, load_model
+from ftfast.models.speedups import apply_speedups
 from ftfast.recipes import Context, History, Plan, Recipe, get_recipe
 
 Progress = Callable[[str, int, int], None]
@@ -44,6 +48,9 @@ class Run:
         device: Where it runs.
         initial: Weights before the first task of a sequence, on the CPU; None: ``start``.
         pixels: Transformed evaluation images, kept between measurements.
+        processes: This process among those that train together.
+        divided: The model to train if it was built in shards; ``loaded.model`` is then a whole copy in CPU memory, in
+            the first process of each machine.
     """
 
     config: TrainConfig
@@ -59,13 +66,16 @@ class Run:
     device: torch.device
     initial: dict[str, Tensor] | None = None
     pixels: PixelCache = field(default_factory=PixelCache)
+    processes: Processes = field(default_factory=Processes)
+    divided: Any = None
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device a setting means.
 
     Args:
         name: "auto", "cpu", "cuda" or "cuda:N".
+        local_rank: With several processes, the number of this one on its machine: each takes its own GPU.
 
     Returns:
         The device.
@@ -73,6 +83,8 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ConfigError: If CUDA is asked for and not there.
     """
+    if local_rank is not None and name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -162,12 +174,13 @@ def validation_suites(data: DataConfig, generic: DataConfig, recipe: Recipe) -> 
     return tuple(suites)
 
 
-def assemble(config: TrainConfig, history: History | None = None) -> Run:
+def assemble(config: TrainConfig, history: History | None = None, processes: Processes | None = None) -> Run:
     """Open, load and build everything a run needs.
 
     Args:
         config: As resolved.
         history: What earlier tasks of a sequence left behind; None: a run of its own.
+        processes: This process among those that train together; None: alone.
 
     Returns:
         The run.
@@ -178,7 +191,8 @@ def assemble(config: TrainConfig, history: History | None = None) -> Run:
         ModelError: A model that cannot be loaded.
     """
     recipe = get_recipe(config.recipe)
-    device = choose_device(config.train.device)
+    processes = processes or Processes()
+    device = choose_device(config.train.device, processes.local_rank if processes.several else None)
     config = fill_data(config, recipe)
     datasets = {"data": open_dataset(config.data)}
     if recipe.needs_labels and datasets["data"].labels is None:
@@ -189,24 +203,47 @@ def assemble(config: TrainConfig, history: History | None = None) -> Run:
     if config.generic.path and recipe.uses_generic:
         datasets["generic"] = open_dataset(config.generic)
     suites, validation = open_suites(config.eval.suites), open_suites(config.eval.validation)
-    loaded = load_model(config.model, device)
+    loaded = load_model(config.model, "cpu" if config.deepspeed.zero_init else device)
     apply_locks(loaded.model, config.model)
+    apply_speedups(loaded.model, config.model)
     history = history or History()
-    start = copy_of_state(loaded)
+    start = copy_of_state(loaded) if processes.main or not config.deepspeed.zero_init else {}
     initial = None
     if history.weights is not None:
         initial = start
         loaded.model.load_state_dict(history.weights)
         start = copy_of_state(loaded)
+    divided = divide(loaded, config, processes, device) if config.deepspeed.zero_init else None
+    whole, loaded.model = loaded.model, divided or loaded.model  # recipes refer to the parameters that are trained
     torch.manual_seed(config.seed)
     options = config.options if config.options is not None else recipe.options()
     plan = recipe.build(Context(loaded, datasets, options, config.seed, history))
     plan.heads.to(device)
     require_trainable(loaded, plan, config)
-    loaders = build_loaders(plan, datasets, loaded, config)
+    loaders = build_loaders(plan, datasets, loaded, config, processes)
     total = total_steps(plan, loaders, config.train)
     warmup_steps(config.optim.warmup, total)
-    return Run(config, recipe, loaded, datasets, suites, validation, plan, loaders, total, start, device, initial)
+    run = Run(config, recipe, loaded, datasets, suites, validation, plan, loaders, total, start, device, initial)
+    run.processes, run.divided = processes, divided
+    if divided is not None:
+        loaded.model = whole if processes.local_rank == 0 else None
+    return run
+
+
+def divide(loaded: LoadedModel, config: TrainConfig, processes: Processes, device: torch.device) -> Any:
+    """Build the model in shards, with the same locks.
+
+    Raises:
+        ConfigError: If the recipe needs the whole model in every process.
+    """
+    from ftfast.engine.sharded_loading import build_in_shards, require_shardable
+
+    require_shardable(config.recipe)
+    _ = loaded.fingerprint  # read off the weights while they are here
+    model = build_in_shards(loaded, config, processes, device)
+    apply_locks(model, config.model)
+    apply_speedups(model, config.model)
+    return model
 
 
 def copy_of_state(loaded: LoadedModel) -> dict[str, Tensor]:
@@ -227,21 +264,28 @@ def require_trainable(loaded: LoadedModel, plan: Plan, config: TrainConfig) -> N
 
 
 def build_loaders(
-    plan: Plan, datasets: dict[str, ImageDataset], loaded: LoadedModel, config: TrainConfig
+    plan: Plan,
+    datasets: dict[str, ImageDataset],
+    loaded: LoadedModel,
+    config: TrainConfig,
+    processes: Processes | None = None,
 ) -> dict[str, BatchLoader]:
-    """Make one resumable loader per source the plan draws from.
+    """Make one resumable loader per source the plan draws from; each process loads its part of every batch.
 
     Raises:
         ConfigError: If a batch is larger than its source.
     """
     loaders: dict[str, BatchLoader] = {}
+    processes = processes or Processes()
     for number, spec in enumerate(plan.batches):
         dataset = datasets[spec.source]
-        if config.train.batch_size > len(dataset):
+        if config.train.batch_size * processes.world_size > len(dataset):
             key = "data" if spec.source == "data" else "generic"
+            several = f" in each of {processes.world_size} processes" if processes.several else ""
             raise ConfigError(
-                f"train.batch_size is {config.train.batch_size}, but {key} has only {len(dataset):,} images "
-                f"({dataset.description}). Use --batch-size {max(1, len(dataset) // 2)} or less."
+                f"train.batch_size is {config.train.batch_size}{several}, but {key} has only {len(dataset):,} images "
+                f"({dataset.description}). "
+                f"Use --batch-size {max(1, len(dataset) // 2 // processes.world_size)} or less."
             )
         loaders[spec.source] = make_loader(
             dataset,
@@ -249,6 +293,7 @@ def build_loaders(
             batch_size=config.train.batch_size,
             seed=config.seed * 1000 + number,
             workers=config.train.workers,
+            options=LoaderOptions(rank=processes.rank, world_size=processes.world_size),
         )
     return loaders
 
@@ -266,20 +311,46 @@ def total_steps(plan: Plan, loaders: dict[str, BatchLoader], train: LoopConfig) 
     return max(1, math.ceil(train.epochs * per_epoch))
 
 
-def build_engine(run: Run) -> TorchEngine:
-    """Put model and heads on the device and make the optimizer with the plan's anchor."""
-    module = TunedModel(run.loaded.model, run.plan.heads, run.config.model.freeze_batch_norm).to(run.device)
-    return TorchEngine(module, run.config.optim, run.config.train.precision, run.plan.anchor, run.device)
+def build_engine(run: Run) -> Engine:
+    """Put model and heads on the device and make the optimizer with the plan's anchor.
+
+    With DeepSpeed, ``run.loaded.model`` becomes a plain copy of the model that is trained.
+
+    Raises:
+        ConfigError: If the recipe cannot be trained with DeepSpeed.
+    """
+    config, anchor = run.config, run.plan.anchor
+    if zero_stage(config) is None:
+        module = TunedModel(run.loaded.model, run.plan.heads, config.model.freeze_batch_norm).to(run.device)
+        return TorchEngine(module, config.optim, config.train.precision, anchor, run.device, run.processes)
+    if run.plan.export is not None:
+        raise ConfigError(
+            f"recipe '{run.recipe.name}' trains prompts beside a CLIP that stays as it is, so there is nothing for "
+            "ZeRO to divide. Leave out --zero."
+        )
+    from ftfast.engine.deepspeed_engine import DeepSpeedEngine
+
+    engine = DeepSpeedEngine(
+        run.loaded,
+        run.plan.heads,
+        config,
+        anchor=anchor,
+        processes=run.processes,
+        device=run.device,
+        divided=run.divided,
+    )
+    run.divided = None
+    return engine
 
 
-def build_objective(run: Run, engine: TorchEngine, cache_dir: Path | None, on_progress: Progress | None) -> Objective:
+def build_objective(run: Run, engine: Engine, cache_dir: Path | None, on_progress: Progress | None) -> Objective:
     """Prepare teachers (cached features are computed or read here) and the objective."""
     tables: dict[str, Tensor] = {}
     for spec in run.plan.batches:
         if spec.teacher == "cached_image":
             tables[spec.source] = embed_source(run, run.datasets[spec.source], cache_dir, on_progress)
     teachers = Teachers(run.plan, run.loaded, tables, run.device, run.initial)
-    return Objective(run.plan, engine, teachers, run.loaded)
+    return Objective(run.plan, engine, teachers, run.loaded, run.datasets, run.config.train.exchange == "ring")
 
 
 def embed_source(
@@ -287,11 +358,13 @@ def embed_source(
 ) -> Tensor:
     """Return the start model's evaluation-view features of a data set, from the cache if it has them."""
     report = None if on_progress is None else (lambda done, total: on_progress("teacher features", done, total))
-    return cached_image_features(
-        run.loaded,
-        dataset,
-        cache_dir,
-        batch_size=run.config.eval.batch_size,
-        workers=run.config.train.workers,
-        on_progress=report,
+    return run.processes.in_turn(
+        lambda: cached_image_features(
+            run.loaded,
+            dataset,
+            cache_dir,
+            batch_size=run.config.eval.batch_size,
+            workers=run.config.train.workers,
+            on_progress=report,
+        )
     )

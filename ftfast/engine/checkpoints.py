@@ -6,11 +6,14 @@ import json
 import re
 import shutil
 import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ftfast.engine.processes import Processes
 from ftfast.errors import CheckpointError
 from ftfast.models.exporting import atomic_folder
 
@@ -44,13 +47,22 @@ class CheckpointManager:
         """Return the folder of a step."""
         return self.folder / f"step_{step:08d}"
 
-    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        save_shards: Callable[[Path], None] | None = None,
+        processes: Processes | None = None,
+    ) -> Path:
         """Write one checkpoint and prune old ones.
 
         Args:
             step: Optimizer steps done.
             state: Tensors and plain containers.
             meta: JSON-serialisable facts for people (step, metrics, date).
+            save_shards: Writes what each process has for itself into the folder.
+            processes: With several, all call this; the first writes the state when the others' shards are there.
 
         Returns:
             The checkpoint's folder.
@@ -58,18 +70,24 @@ class CheckpointManager:
         Raises:
             CheckpointError: If the disk is full or not writable; earlier checkpoints are intact.
         """
-        target = self.path(step)
+        target, processes = self.path(step), processes or Processes()
         try:
-            with atomic_folder(target) as work:
-                torch.save(state, work / STATE_NAME)
-                (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            with _shared_folder(target, processes) as work:
+                if save_shards is not None:
+                    save_shards(work)
+                processes.wait()
+                if processes.main:
+                    torch.save(state, work / STATE_NAME)
+                    (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"checkpoint {target} cannot be written: {error}. "
                 "Earlier checkpoints are intact; free disk space and use --resume."
             ) from error
-        self._link("last", target)
-        self.prune()
+        if processes.main:
+            self._link("last", target)
+            self.prune()
+        processes.wait()
         return target
 
     def save_best(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -124,3 +142,16 @@ class CheckpointManager:
             temporary.replace(link)
         except OSError:
             return
+
+
+@contextmanager
+def _shared_folder(target: Path, processes: Processes) -> Iterator[Path]:
+    """Yield one temporary folder to all processes; the first one made it and renames it when all are done."""
+    if not processes.main:
+        yield processes.on_main(Path)
+        processes.wait()
+        return
+    with atomic_folder(target) as work:
+        processes.on_main(lambda: work)
+        yield work
+    processes.wait()

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ftfast import kernels
 from ftfast.config.resolve import Resolved, with_origins
+from ftfast.config.schema import DeepSpeedConfig
 from ftfast.data import check_decodable, duplicate_text_rate
 from ftfast.engine.assembly import Run, assemble, build_engine, build_objective
 from ftfast.engine.folder import check_folder
@@ -89,7 +90,8 @@ def _terms(run: Run, console: Console) -> None:
 def _one_step(run: Run, console: Console) -> None:
     """Run one forward and backward pass with few images, in memory only, and tell time and memory."""
     size = min(4, run.config.train.batch_size)
-    engine = build_engine(run)
+    # One process holds everything here, however the run will divide it.
+    engine = build_engine(replace(run, config=replace(run.config, deepspeed=DeepSpeedConfig())))
     with tempfile.TemporaryDirectory() as cache:
         few = {name: dataset.subset(range(min(len(dataset), 64))) for name, dataset in run.datasets.items()}
         objective = build_objective(replace(run, datasets=few), engine, Path(cache), None)
@@ -110,7 +112,7 @@ def _one_step(run: Run, console: Console) -> None:
     seconds = time.perf_counter() - begin
     shown = ", ".join(f"{name} {value.item():.4f}" for name, value in terms.items())
     console.print(f"step     {size} images: {shown}; {seconds:.2f} s forward and backward", highlight=False)
-    parameters = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
+    parameters = sum(p.numel() for p in engine.module.parameters() if p.requires_grad)
     state = 4 * parameters * (4 if run.plan.anchor is not None else 3)
     line = f"memory   {state / 2**20:,.0f} MiB for gradients, optimizer and anchor"
     if run.device.type == "cuda":

@@ -20,7 +20,18 @@ from ftfast.config.schema import TrainConfig
 from ftfast.errors import CheckpointError, ConfigError
 from ftfast.evaluation.results import write_atomically
 
-FREE_ON_RESUME = ("out", "log.", "checkpoint.", "train.workers", "train.device", "eval.batch_size")
+FREE_ON_RESUME = (
+    "out",
+    "log.",
+    "checkpoint.",
+    "train.workers",
+    "train.device",
+    "train.timeout_s",
+    "train.exchange",
+    "train.batch_size",  # the loaders refuse unless the batch of all processes together is the same
+    "eval.batch_size",
+    "deepspeed.",
+)
 PACKAGES = ("ftfast", "torch", "torchvision", "triton", "open_clip_torch", "timm", "numpy", "safetensors")
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ftfast.data import Batch
+from ftfast.data import Batch, ImageDataset
 from ftfast.engine.torch_engine import Engine, unit
+from ftfast.errors import TrainingError
+from ftfast.losses.distributed import gather_features
 from ftfast.models import LoadedModel
-from ftfast.recipes import BatchSpec, Features, Plan
+from ftfast.recipes import BatchSpec, Features, Plan, Term
+from ftfast.recipes.base import TextSource
 
 
 class Teachers:
@@ -71,15 +75,28 @@ class Objective:
         plan: The recipe's declaration.
         engine: Runs the model.
         teachers: Frozen start model.
-        tokenizer: Texts to tokens.
+        loaded: Gives the tokenizer.
+        datasets: Data by source; needed with several processes.
+        ring: Let terms that can pass texts around a ring of processes do so.
     """
 
-    def __init__(self, plan: Plan, engine: Engine, teachers: Teachers, loaded: LoadedModel) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Engine,
+        teachers: Teachers,
+        loaded: LoadedModel,
+        datasets: Mapping[str, ImageDataset] | None = None,
+        ring: bool = False,
+    ) -> None:
         self.plan = plan
         self.engine = engine
         self.teachers = teachers
         self.tokenizer = loaded.tokenizer
         self._tokens: dict[str, tuple[tuple[str, ...], Tensor]] = {}
+        self.datasets = datasets or {}
+        self.ring = ring and engine.processes.several
+        self._text_per_image: dict[str, bool] = {}
 
     def __call__(self, batches: Mapping[str, Batch], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the weighted sum and every term.
@@ -100,16 +117,87 @@ class Objective:
         values = {}
         for term in self.plan.terms:
             if term.on in features:
-                value = term.loss(features[term.on])
+                value = self._value(term, features[term.on])
                 total = total + term.weight * value
                 values[term.name] = value.detach()
         return total, values
 
+    def _value(self, term: Term, features: Features) -> Tensor:
+        """A term over the batch of all processes: on gathered features, or by its ring on this process's own."""
+        if not self.engine.processes.several:
+            return term.loss(features)
+        if self.ring and term.ring is not None:
+            return term.ring(features)
+        return term.loss(self._gathered(features))
+
+    def _gathered(self, features: Features) -> Features:
+        """Join the features of all processes, with gradients.
+
+        Every process then computes the same global loss; the gradient that comes back to its own rows is the sum over
+        the processes, which averaging parameter gradients turns into the gradient of the global loss.
+        """
+        processes = self.engine.processes
+        own = len(features.image)
+
+        def gather(rows: Tensor | None) -> Tensor | None:
+            """Gather features that have one row per image."""
+            if rows is None:
+                return None
+            return gather_features(
+                rows, rank=processes.rank, world_size=processes.world_size, local_loss=False, gather_with_grad=True
+            )
+
+        def gather_texts(rows: Tensor | None) -> Tensor | None:
+            """Gather text features unless they are those of class prompts, which every process has."""
+            return gather(rows) if features.text_per_image else rows
+
+        whole: Batch = features.whole_batch or features.batch
+        if own * processes.world_size != len(whole.indices):
+            raise TrainingError(f"process {processes.rank} has {own} images, the whole batch {len(whole.indices)}.")
+        return dataclasses.replace(
+            features,
+            batch=whole,
+            image=gather(features.image),
+            text=gather_texts(features.text),
+            teacher_image=gather(features.teacher_image),
+            teacher_text=gather_texts(features.teacher_text),
+        )
+
     def _features(self, spec: BatchSpec, batch: Batch, step: int) -> Features:
+        if self.engine.processes.several:
+            return self._shared_features(spec, batch, step)
         tokens = None if spec.texts is None else self._tokenize(spec.name, tuple(spec.texts(batch, step)))
         image, text, logit_scale = self.engine.forward(batch.images, tokens if spec.student_text else None)
         teacher_image, teacher_text = self.teachers.features(spec, batch, tokens)
         return Features(batch, image, text, logit_scale, teacher_image, teacher_text)
+
+    def _shared_features(self, spec: BatchSpec, batch: Batch, step: int) -> Features:
+        """Encode this process's rows of the whole batch, so that texts are those a single process would draw."""
+        processes, dataset = self.engine.processes, self.datasets.get(spec.source)
+        whole = processes.whole_batch(batch, dataset.texts if dataset is not None else None)
+        tokens, per_image = None, False
+        if spec.texts is not None:
+            texts = tuple(spec.texts(whole, step))
+            per_image = self._is_per_image(spec, spec.texts, whole, step, len(texts))
+            start = processes.rank * len(batch.indices)
+            tokens = self._tokenize(spec.name, texts[start : start + len(batch.indices)] if per_image else texts)
+        image, text, logit_scale = self.engine.forward(batch.images, tokens if spec.student_text else None)
+        teacher_image, teacher_text = self.teachers.features(spec, batch, tokens)
+        found = Features(batch, image, text, logit_scale, teacher_image, teacher_text)
+        return dataclasses.replace(found, whole_batch=whole, text_per_image=per_image)
+
+    def _is_per_image(self, spec: BatchSpec, texts: TextSource, whole: Batch, step: int, count: int) -> bool:
+        """Whether a text source has one text per image (captions), rather than the same texts always (classes)."""
+        if spec.name not in self._text_per_image:
+            rows = len(whole.indices)
+            twice = dataclasses.replace(
+                whole,
+                indices=whole.indices.repeat(2),
+                labels=None if whole.labels is None else whole.labels.repeat(2),
+                texts=None if whole.texts is None else whole.texts * 2,
+            )
+            self._text_per_image[spec.name] = count == rows and len(tuple(texts(twice, step))) == 2 * rows
+        return self._text_per_image[spec.name]
 
     def _tokenize(self, name: str, texts: tuple[str, ...]) -> Tensor:
         """Tokenize; the last list of each batch is remembered, since class prompts are the same at every step."""

@@ -17,9 +17,11 @@ from ftfast.config.resolve import to_yaml
 from ftfast.config.schema import SuiteConfig, TrainConfig
 from ftfast.engine.assembly import Run, assemble, build_engine, build_objective, embed_source
 from ftfast.engine.checkpoints import CheckpointManager
+from ftfast.engine.deepspeed_settings import zero_stage
 from ftfast.engine.folder import check_folder, create_folder, require_same
+from ftfast.engine.processes import Processes
 from ftfast.engine.progress import TrainingProgress
-from ftfast.engine.runlog import RunLog
+from ftfast.engine.runlog import RunLog, SilentLog
 from ftfast.engine.trainer import Trainer
 from ftfast.errors import ModelError
 from ftfast.evaluation import (
@@ -84,6 +86,7 @@ def train(
     console: Console | None = None,
     cache_dir: Path | None = None,
     before: Results | None = None,
+    processes: Processes | None = None,
 ) -> TrainResult:
     """Run a recipe from start to report.
 
@@ -95,25 +98,35 @@ def train(
         console: Where to tell what happens; None: standard error.
         cache_dir: Teacher-feature cache; None: ``$FTFAST_CACHE`` or ``~/.cache/ftfast``.
         before: Metrics of the start model if they are known already (several runs from one start).
+        processes: This process among those that train together; the first one measures, prints and writes.
 
     Returns:
-        Measurements and the run folder.
+        Measurements and the run folder; processes other than the first get none.
 
     Raises:
         FtfastError: Anything a user can fix, and NaN losses and interrupts.
     """
-    console = console or Console(stderr=True)
-    folder = check_folder(config, resume=resume, overwrite=overwrite)
-    run = assemble(config)
-    if resume:
-        require_same(folder, run.config)
-    else:
-        create_folder(folder, run.config, argv)
-    describe(run, console)
-    before = before or _measured_before(run, folder, console)
+    processes = processes or Processes()
+    console = (console or Console(stderr=True)) if processes.main else Console(quiet=True)
+    folder = processes.on_main(lambda: check_folder(config, resume=resume, overwrite=overwrite))
+    run = assemble(config, processes=processes)
+
+    def open_folder() -> None:
+        """Check or make the run's folder."""
+        if resume:
+            require_same(folder, run.config)
+        else:
+            create_folder(folder, run.config, argv)
+
+    processes.on_main(open_folder)
+    if processes.main:
+        describe(run, console)
+    known = before
+    before = processes.on_main(lambda: known or _measured_before(run, folder, console))
     trainer = build_trainer(run, folder, resume, console, cache_dir)
     begin = time.perf_counter()
-    with TrainingProgress(console, run.total_steps, trainer.state.step, run.config.log.every_steps, folder) as progress:
+    logs = folder if processes.main else None
+    with TrainingProgress(console, run.total_steps, trainer.state.step, run.config.log.every_steps, logs) as progress:
         try:
             trainer.fit(progress)
         finally:
@@ -122,6 +135,9 @@ def train(
                 loader.close()
     seconds = time.perf_counter() - begin
     tuned = trainer.selected_weights()
+    if not processes.main:
+        return TrainResult(folder, run.config.eval.suites, before, {}, [], run.total_steps, seconds)
+    run.loaded.model.to(run.device)
     after, sweep = _measure_after(run, tuned, before, console)
     result = TrainResult(folder, run.config.eval.suites, before, after, sweep, run.total_steps, seconds)
     finish(run, trainer, result, console)
@@ -133,11 +149,17 @@ def build_trainer(run: Run, folder: Path, resume: bool, console: Console, cache_
 
     Teachers are prepared before any weight moves, so they are the start model on every resume.
     """
-    engine = build_engine(run)
-    objective = build_objective(run, engine, cache_dir, None)
     checkpoints = CheckpointManager(folder / "checkpoints", run.config.checkpoint.keep_last)
     newest = max(checkpoints.steps(), default=0) if resume else 0
-    log = RunLog(folder, run.config.log.report_to, newest if resume else None)
+    if newest == 0 and run.plan.prepare is not None:  # before DeepSpeed divides the weights it writes to
+        run.plan.prepare(lambda dataset: embed_source(run, dataset, cache_dir))
+    engine = build_engine(run)
+    objective = build_objective(run, engine, cache_dir, None)
+    if run.processes.several:
+        torch.manual_seed(run.config.seed + run.processes.rank)  # dropout and the like differ between processes
+    log: RunLog | SilentLog = SilentLog()
+    if run.processes.main:
+        log = RunLog(folder, run.config.log.report_to, newest if resume else None)
     trainer = Trainer(
         config=run.config,
         plan=run.plan,
@@ -153,8 +175,6 @@ def build_trainer(run: Run, folder: Path, resume: bool, console: Console, cache_
     step = trainer.resume() if resume else 0
     if step:
         console.print(f"resumed at step {step} of {run.total_steps}", highlight=False, soft_wrap=True)
-    elif run.plan.prepare is not None:
-        run.plan.prepare(lambda dataset: embed_source(run, dataset, cache_dir))
     return trainer
 
 
@@ -281,7 +301,7 @@ def check_reload(run: Run, folder: Path) -> None:
     """Load the written folder afresh and compare one forward pass with the model in memory.
 
     Raises:
-        ModelError: If the embeddings differ by more than 1e-4.
+        ModelError: If the embeddings differ by more than 1e-5.
     """
     import dataclasses
 
@@ -295,7 +315,7 @@ def check_reload(run: Run, folder: Path) -> None:
         .abs()
         .max()
     )
-    if not gap <= 1e-4:
+    if not gap <= 1e-5:
         raise ModelError(
             f"{folder} does not give the trained model's embeddings when loaded again (largest gap {gap:.2e})."
         )
@@ -316,8 +336,16 @@ def describe(run: Run, console: Console) -> None:
         f"model    {config.model.name} {config.model.pretrained}; trainable: {towers}", highlight=False, soft_wrap=True
     )
     console.print(
-        f"plan     {run.recipe.name}: {run.total_steps} steps of {config.train.batch_size} x {config.train.accum_freq} "
-        f"images, {config.train.precision} on {run.device}, lr {config.optim.lr:.2e}, seed {config.seed}",
+        f"plan     {run.recipe.name}: {run.total_steps} steps of {config.train.batch_size} x {config.train.accum_freq}"
+        f"{f' x {run.processes.world_size}' if run.processes.several else ''} "
+        f"images, {config.train.precision}{_zero(config)} on {run.device}, lr {config.optim.lr:.2e}, "
+        f"seed {config.seed}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _zero(config: TrainConfig) -> str:
+    """Name the ZeRO stage, if there is one."""
+    stage = zero_stage(config)
+    return "" if stage is None else f", ZeRO {stage}"

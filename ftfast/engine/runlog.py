@@ -55,6 +55,20 @@ class RunLog:
         write_csv(self.folder / "metrics.csv", self.rows())
 
 
+class SilentLog:
+    """The log of a process other than the first: nothing is written."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write nothing."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return no rows."""
+        return []
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read JSON lines; a last line cut short by a kill is dropped.
 

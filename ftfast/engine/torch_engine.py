@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ftfast.config.schema import OptimConfig, Precision
+from ftfast.engine.processes import Processes
 from ftfast.models import freeze_batch_norm_statistics, tower_of
 from ftfast.weightspace import Anchor, AnchoredAdamW
 
@@ -62,12 +64,15 @@ class Engine(Protocol):
 
     device: torch.device
     module: TunedModel
+    processes: Processes
+    weights: Any
+    """What averages of weights follow: a ``state_dict`` and a ``load_state_dict``."""
 
     def forward(self, images: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
         """Encode one batch under the engine's precision."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of ``loss``."""
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Accumulate gradients of ``loss``; ``last``: no other pass follows before the step or the observation."""
 
     def observe_replay(self, step: int, average_steps: int) -> None:
         """Set an adaptive anchor's importance from the gradients present now, if there is such an anchor."""
@@ -81,9 +86,18 @@ class Engine(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`."""
 
+    def measured(self) -> contextlib.AbstractContextManager[Mapping[str, Tensor]]:
+        """Make the present weights measurable in the first process, in eval mode; yields the CLIP's weights there."""
+
+    def save_shards(self, folder: Path, averages: Sequence[Tensor] = ()) -> None:
+        """Write what differs between processes into a checkpoint; every process calls it."""
+
+    def load_shards(self, folder: Path, averages: Sequence[Tensor] = ()) -> None:
+        """Read what differs between processes from a checkpoint; every process calls it."""
+
 
 class TorchEngine:
-    """The single-process engine.
+    """The engine without DeepSpeed: whole weights in every process, gradients averaged if there are several.
 
     Args:
         module: Model and heads, already on ``device``.
@@ -91,12 +105,20 @@ class TorchEngine:
         precision: "fp32", "amp_bf16" or "amp_fp16" (the last with dynamic loss scaling).
         anchor: Weight-space guard added inside the step, or None.
         device: Where to run.
+        processes: This process among those that train together; None: alone.
     """
 
     def __init__(
-        self, module: TunedModel, optim: OptimConfig, precision: Precision, anchor: Anchor | None, device: torch.device
+        self,
+        module: TunedModel,
+        optim: OptimConfig,
+        precision: Precision,
+        anchor: Anchor | None,
+        device: torch.device,
+        processes: Processes | None = None,
     ) -> None:
-        self.module = module
+        self.module = self.weights = module
+        self.processes = processes or Processes()
         self.device = device
         self.optim = optim
         self.groups = parameter_groups(module, optim)
@@ -111,7 +133,7 @@ class TorchEngine:
         )
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.has_anchor = anchor is not None
-        self.dtype = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}[precision]
+        self.dtype = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}.get(precision)
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "amp_fp16")
 
     def forward(self, images: Tensor, tokens: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -125,7 +147,7 @@ class TorchEngine:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, last: bool = True) -> None:
         """Accumulate gradients of the (scaled) loss; a loss that reaches no parameter is skipped."""
         if loss.requires_grad:
             self.scaler.scale(loss).backward()
@@ -143,6 +165,8 @@ class TorchEngine:
         optimizer = self.optimizer
         if optimizer.anchor is None or not optimizer.anchor.adaptive or 0 < average_steps <= step:
             return
+        # Averaging is linear and leaves what is equal everywhere as it is, so the step may average once more.
+        self.processes.average_gradients(self._parameters())
         states = [s for s in optimizer.state.values() if "anchor_precision" in s]
         before = [s["anchor_precision"].clone() for s in states] if average_steps and step else []
         optimizer.observe_replay_gradient()
@@ -161,10 +185,10 @@ class TorchEngine:
         scalars: dict[str, Tensor] = {}
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
+        self.processes.average_gradients(self._parameters())
         if self.optim.grad_clip_norm > 0:
             self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            scalars["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.optim.grad_clip_norm)
+            scalars["grad_norm"] = nn.utils.clip_grad_norm_(self._parameters(), self.optim.grad_clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         # Zero, not None: in a step whose batch does not reach a tensor, Adam's momentum still moves it (INFUSING's
@@ -173,6 +197,21 @@ class TorchEngine:
         if self.has_anchor:
             scalars["anchor"] = self.optimizer.anchor_penalty
         return scalars
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[Mapping[str, Tensor]]:
+        """Switch to eval mode; the trained model itself is measured."""
+        self.module.eval()
+        yield self.module.clip.state_dict()
+
+    def save_shards(self, folder: Path, averages: Sequence[Tensor] = ()) -> None:
+        """Nothing differs between processes."""
+
+    def load_shards(self, folder: Path, averages: Sequence[Tensor] = ()) -> None:
+        """Nothing differs between processes."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights of model and heads, optimizer and loss-scaler state."""

@@ -20,7 +20,7 @@ from ftfast.engine.averaging import RunningMean
 from ftfast.engine.checkpoints import CheckpointManager
 from ftfast.engine.objective import Objective
 from ftfast.engine.progress import TrainingProgress
-from ftfast.engine.runlog import RunLog
+from ftfast.engine.runlog import RunLog, SilentLog
 from ftfast.engine.schedules import learning_rate_factor
 from ftfast.engine.torch_engine import Engine
 from ftfast.errors import CheckpointError, Interrupted, TrainingError
@@ -67,7 +67,7 @@ class Trainer:
     loaders: Mapping[str, BatchLoader]
     total_steps: int
     checkpoints: CheckpointManager
-    log: RunLog
+    log: RunLog | SilentLog
     validate: Callable[[], tuple[dict[str, float], float]] | None = None
     config_text: str = ""
     state: TrainerState = field(default_factory=TrainerState)
@@ -77,9 +77,9 @@ class Trainer:
         self._pending: list[tuple[int, float, tuple[str, ...], Tensor]] = []
         self._stop_signal = 0
         if self.config.optim.ema_decay > 0:
-            self.ema = ExponentialMovingAverage(self.engine.module, self.config.optim.ema_decay)
+            self.ema = ExponentialMovingAverage(self.engine.weights, self.config.optim.ema_decay)
         elif self.plan.average_every > 0:
-            self.ema = RunningMean(self.engine.module, self.plan.average_every)
+            self.ema = RunningMean(self.engine.weights, self.plan.average_every)
 
     def fit(self, progress: TrainingProgress) -> None:
         """Train from the current state to ``total_steps``.
@@ -104,11 +104,12 @@ class Trainer:
                 if self.validate is not None and (step % eval_every == 0 or step == self.total_steps or first):
                     self._flush(progress)
                     self._validate(progress)
-                if step % save_every == 0 or step == self.total_steps or self._stop_signal:
+                stop = self.engine.processes.any(self._stop_signal != 0)
+                if step % save_every == 0 or step == self.total_steps or stop:
                     self._flush(progress)
                     self.save()
-                if self._stop_signal and step < self.total_steps:
-                    name = signal.Signals(self._stop_signal).name
+                if stop and step < self.total_steps:
+                    name = signal.Signals(self._stop_signal or signal.SIGTERM).name
                     raise Interrupted(f"{name} at step {step}: checkpoint saved. Go on with --resume.")
 
     @property
@@ -137,8 +138,9 @@ class Trainer:
             sums["loss"] = sums["loss"] + scalars["anchor"].to(sums["loss"].device)
         sums.update(scalars)
         if self.ema is not None:
-            self.ema.update(self.engine.module)
+            self.ema.update(self.engine.weights)
         values = torch.stack([value.detach().float().reshape(()).to(self.engine.device) for value in sums.values()])
+        values = self.engine.processes.mean(values)
         self.state.step += 1
         self._pending.append((self.state.step, factor, tuple(sums), values))
 
@@ -147,15 +149,16 @@ class Trainer:
     ) -> None:
         """Add the gradients of the terms on some batches, over all forward passes of the step."""
         accumulate = self.config.train.accum_freq
-        for _ in range(accumulate):
+        for number in range(accumulate):
             begin = time.perf_counter()
             batches = {spec.name: next(self.loaders[spec.source]).to(self.engine.device) for spec in specs}
             waited = time.perf_counter() - begin
             total, terms = self.objective(batches, step)
-            self.engine.backward(total / accumulate)
+            self.engine.backward(total / accumulate, last=number == accumulate - 1)
             for name, value in {"loss": total.detach(), **terms}.items():
                 sums[name] = sums.get(name, 0.0) + value / accumulate
-            progress.count(sum(len(batch.indices) for batch in batches.values()), waited)
+            images = sum(len(batch.indices) for batch in batches.values()) * self.engine.processes.world_size
+            progress.count(images, waited)
 
     def _flush(self, progress: TrainingProgress) -> None:
         """Read pending losses, stop at the first that is not finite, write the rest to the logs."""
@@ -180,49 +183,74 @@ class Trainer:
     def _validate(self, progress: TrainingProgress) -> None:
         if self.validate is None:
             return
-        with self.averaged_weights():
-            scalars, score = self.validate()
+        with self.averaged_weights() as weights:
+            scalars, score = self.engine.processes.on_main(self.validate)
             self.log.write(self.state.step, {f"eval/{name}": value for name, value in scalars.items()})
             shown = "  ".join(f"{name} {value:.3f}" for name, value in scalars.items())
             progress.note(f"validation at step {self.state.step}: {shown}")
             if self.config.eval.selection != "last" and round(score, 3) > self.state.best:
                 self.state.best, self.state.best_step = round(score, 3), self.state.step
-                weights = {"clip": self.engine.module.clip.state_dict()}
-                self.checkpoints.save_best(weights, {"step": self.state.step, "score": score, **scalars})
+                best = {"clip": dict(weights)}
+                meta = {"step": self.state.step, "score": score, **scalars}
+                self.engine.processes.on_main(lambda: self.checkpoints.save_best(best, meta))
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Evaluate with the moving average in place of the weights, if there is one."""
-        self.engine.module.eval()
+    def averaged_weights(self) -> Iterator[Mapping[str, Tensor]]:
+        """Evaluate with the moving average in place of the weights, if there is one.
+
+        Yields:
+            The CLIP's weights that are measured; with DeepSpeed in the first process only.
+        """
         if self.ema is None:
-            yield
+            with self.engine.measured() as weights:
+                yield weights
             return
-        module = self.engine.module
-        own = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
-        self.ema.copy_to(module)
+        weights = self.engine.weights
+        own = {name: tensor.detach().clone() for name, tensor in weights.state_dict().items()}
+        self.ema.copy_to(weights)
         try:
-            yield
+            with self.engine.measured() as measured:
+                yield measured
         finally:
-            module.load_state_dict(own)
+            weights.load_state_dict(own)
 
     def selected_weights(self) -> dict[str, Tensor]:
-        """Return the CLIP weights the run ends with: the best validated ones, or the last (averaged) ones."""
+        """Return the CLIP weights the run ends with: the best validated ones, or the last (averaged) ones.
+
+        Every process must call it; with DeepSpeed the result is complete in the first one only.
+        """
         if self.config.eval.selection != "last" and self.state.best_step >= 0:
-            return dict(self.checkpoints.load("best")["clip"])
-        with self.averaged_weights():
-            return {name: tensor.detach().clone() for name, tensor in self.engine.module.clip.state_dict().items()}
+            return dict(self.checkpoints.load("best")["clip"]) if self.engine.processes.main else {}
+        with self.averaged_weights() as weights:
+            return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
     def save(self) -> None:
         """Write a checkpoint of everything an exact resume needs."""
+        processes = self.engine.processes
         state = {
             "trainer": vars(self.state).copy(),
             "engine": self.engine.state_dict(),
             "loaders": {name: loader.state_dict() for name, loader in self.loaders.items()},
-            "ema": None if self.ema is None else self.ema.state_dict(),
-            "rng": random_state(self.engine.device),
+            "ema": None if self.ema is None else self._average_state(),
+            "rng": processes.collect(random_state(self.engine.device)),
             "config": self.config_text,
         }
-        self.checkpoints.save(self.state.step, state, {"step": self.state.step, "total_steps": self.total_steps})
+        meta = {"step": self.state.step, "total_steps": self.total_steps, "processes": processes.world_size}
+        self.checkpoints.save(
+            self.state.step, state, meta, lambda folder: self.engine.save_shards(folder, self._averages()), processes
+        )
+
+    def _sharded_average(self) -> bool:
+        return self.ema is not None and self.engine.weights is not self.engine.module
+
+    def _averages(self) -> list[Tensor]:
+        """Averaged shards, which each process saves for itself."""
+        return list(self.ema.average.values()) if self.ema is not None and self._sharded_average() else []
+
+    def _average_state(self) -> dict[str, Any]:
+        """State of the average; without the tensors where they are shards."""
+        state = dict(self.ema.state_dict()) if self.ema is not None else {}
+        return {**state, "average": {}} if self._sharded_average() else state
 
     def resume(self) -> int:
         """Load the newest checkpoint.
@@ -233,24 +261,28 @@ class Trainer:
         Raises:
             CheckpointError: If the checkpoint does not fit this run.
         """
-        self.checkpoints.clean()
+        self.engine.processes.on_main(self.checkpoints.clean)
         steps = self.checkpoints.steps()
         if not steps:
             return 0
         state = self.checkpoints.load(steps[-1])
         try:
             self.engine.load_state_dict(state["engine"])
+            self.engine.load_shards(self.checkpoints.path(steps[-1]), self._averages())
             for name, loader in self.loaders.items():
                 loader.load_state_dict(state["loaders"][name])
             if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
+                average = {"average": self.ema.average} if self._sharded_average() else {}
+                self.ema.load_state_dict({**state["ema"], **average})
             self.state = TrainerState(**state["trainer"])
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"{self.checkpoints.path(steps[-1])} does not fit this run: {str(error).splitlines()[0]}. "
                 "Resume with the model, data and recipe it was made with."
             ) from error
-        set_random_state(state["rng"], self.engine.device)
+        own = state["rng"] if isinstance(state["rng"], Mapping) else state["rng"][self.engine.processes.rank :][:1]
+        for generators in [own] if isinstance(own, Mapping) else own:  # empty for a process that was not there
+            set_random_state(generators, self.engine.device)
         return self.state.step
 
     @contextmanager

@@ -56,6 +56,8 @@ class Features:
         logit_scale: 0-d multiplier (already exponentiated).
         teacher_image: (B, D) unit-length, detached; None without a teacher.
         teacher_text: (T, D) unit-length, detached; None without a live teacher or texts.
+        whole_batch: With several processes: numbers, labels and texts of all of them (the engine's own use).
+        text_per_image: With several processes: whether text row i belongs to image i (the engine's own use).
     """
 
     batch: Batch
@@ -64,6 +66,8 @@ class Features:
     logit_scale: Tensor
     teacher_image: Tensor | None = None
     teacher_text: Tensor | None = None
+    whole_batch: Batch | None = None
+    text_per_image: bool = False
 
 
 View = Literal["random_resized_crop", "resize_crop", "eval"]
@@ -113,6 +117,8 @@ class Term:
         loss: Features of that batch to an unweighted scalar.
         weight: Multiplier.
         source: Paper and equation.
+        ring: The same loss over the batch of all processes, from this process's own features, for ``train.exchange:
+            ring``; None: features are gathered.
     """
 
     name: str
@@ -120,6 +126,7 @@ class Term:
     loss: Callable[[Features], Tensor]
     weight: float = 1.0
     source: str = ""
+    ring: Callable[[Features], Tensor] | None = None
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ftfast.data import Batch
 from ftfast.losses import ClipLoss
+from ftfast.losses.ring import ring_clip_loss
 from ftfast.recipes.base import BatchSpec, Context, Paper, Plan, Recipe, Term, TextSource, captions
 
 
@@ -40,6 +41,7 @@ def build(context: Context) -> Plan:
         on="task",
         loss=lambda f: clip(f.image, f.text, f.logit_scale),
         source="FLYP: symmetric CE over (image, class prompt) pairs",
+        ring=lambda f: ring_clip_loss(f.image, f.text, f.logit_scale),
     )
     batch = BatchSpec(name="task", view="random_resized_crop", texts=sampled_prompts(context))
     return Plan(batches=(batch,), terms=(term,))

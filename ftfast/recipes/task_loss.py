@@ -11,6 +11,7 @@ from ftfast import kernels
 from ftfast.data import ImageDataset
 from ftfast.errors import ConfigError
 from ftfast.losses import ClipLoss, NormFaceLoss
+from ftfast.losses.ring import ring_clip_loss
 from ftfast.recipes.base import BatchSpec, Context, Features, Term, View, captions, class_prompts_source
 
 TaskKind = Literal["auto", "normface", "class_prompts", "clip"]
@@ -74,6 +75,7 @@ def build_task(
                 on="task",
                 loss=lambda f: clip(f.image, f.text, f.logit_scale),
                 source="Radford et al. 2021",
+                ring=lambda f: ring_clip_loss(f.image, f.text, f.logit_scale),
             ),
             heads=nn.ModuleDict(),
         )

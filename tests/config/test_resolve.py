@@ -71,7 +71,8 @@ def test_all_problems_of_all_layers_come_at_once(tmp_path, monkeypatch):
         "a.yaml:2: unknown key 'optim.wd'. ftfast calls this 'optim.weight_decay' (open_clip's --wd).",
         "a.yaml:3: 'optim.lr' must be a number, got 'many'.",
         "a.yaml:4: unknown key 'lr'. Did you mean 'optim.lr'?",
-        "b.yaml:1: 'train.precision' must be one of fp32, amp_bf16, amp_fp16; got 'bf16'. Did you mean 'amp_bf16'?",
+        "b.yaml:1: 'train.precision' must be one of fp32, amp_bf16, amp_fp16, pure_bf16, pure_fp16; got 'bf16'. "
+        "Did you mean 'amp_bf16'?",
         "b.yaml:1: 'train.batch_size' must be a whole number, got the text '3'.",
         "--config: there is no file 'c.yaml'.",
         "unknown flag '--wd'. ftfast calls this '--optim.weight-decay' (open_clip's --wd).",

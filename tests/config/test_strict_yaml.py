@@ -55,7 +55,7 @@ def problems_of(tmp_path, monkeypatch, text: str | bytes) -> tuple[str, ...]:
         (
             "1: 2",
             "my.yaml:1: unknown key '1'. Known keys: recipe, out, seed, model, data, generic, optim, train, "
-            "checkpoint, eval, log.",
+            "deepspeed, checkpoint, eval, log.",
         ),
         ("seed: 1.5", "my.yaml:1: 'seed' must be a whole number, got '1.5'."),
         ("seed: true", "my.yaml:1: 'seed' must be a whole number, got 'true'."),
@@ -71,7 +71,7 @@ def problems_of(tmp_path, monkeypatch, text: str | bytes) -> tuple[str, ...]:
         ("optim: [3]", "my.yaml:1: 'optim' must be a block of settings, got a list."),
         (
             "train: {precision: half}",
-            "my.yaml:1: 'train.precision' must be one of fp32, amp_bf16, amp_fp16; got 'half'.",
+            "my.yaml:1: 'train.precision' must be one of fp32, amp_bf16, amp_fp16, pure_bf16, pure_fp16; got 'half'.",
         ),
         ("train: {precision: [fp32]}", "my.yaml:1: 'train.precision' must be one word, got a list."),
         (
@@ -98,13 +98,13 @@ def problems_of(tmp_path, monkeypatch, text: str | bytes) -> tuple[str, ...]:
         (
             "a: &a [*a]",
             "my.yaml:1: unknown key 'a'. Known keys: recipe, out, seed, model, data, generic, optim, train, "
-            "checkpoint, eval, log.",
+            "deepspeed, checkpoint, eval, log.",
         ),
         ("seed: &a [*a]", "my.yaml:1: 'seed' must be a whole number, got a list."),
         (
             "? [a, b]\n: 1",
             "my.yaml:1: unknown key '?'. Known keys: recipe, out, seed, model, data, generic, optim, train, "
-            "checkpoint, eval, log.",
+            "deepspeed, checkpoint, eval, log.",
         ),
     ],
 )

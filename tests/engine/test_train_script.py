@@ -35,4 +35,4 @@ def test_script_reports_problems_in_one_sentence(tmp_path: Path) -> None:
     assert done.stderr.strip() == f"error: {tmp_path / 'nowhere.csv'}: no such file. Check data.path."
     done = start(["--recipe", "infusing", "--data", "nowhere.csv"], tmp_path, WORLD_SIZE="2")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: WORLD_SIZE is 2, but this version trains in one process.")
+    assert done.stderr.startswith("error: WORLD_SIZE is 2, but the environment has no RANK, LOCAL_RANK, MASTER_ADDR, ")

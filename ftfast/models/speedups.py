@@ -1,0 +1,117 @@
+"""Who computes attention, and which towers are compiled."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ftfast.config.schema import ModelConfig
+from ftfast.errors import ConfigError, MissingExtraError
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""Maps queries, keys and values (B, L, H, D) and an additive mask (L, L) or None to (B, L, H, D)."""
+
+
+def apply_speedups(model: Any, config: ModelConfig) -> None:
+    """Choose the attention of an open_clip model and compile its towers, in place.
+
+    State dicts keep their names. Copies of a compiled model are not compiled.
+
+    Args:
+        model: open_clip model.
+        config: ``attention``, ``compile_image`` and ``compile_text``.
+
+    Raises:
+        ConfigError: If the model has no attention that can be replaced, or xformers does not fit.
+        MissingExtraError: If xformers is asked for and not installed.
+    """
+    if config.attention != "sdpa":
+        compute = native_attention if config.attention == "native" else xformers_attention()
+        if replace_attention(model, compute) == 0:
+            raise ConfigError(
+                f"model.attention is {config.attention}, but {config.name!r} has no torch.nn.MultiheadAttention to "
+                "replace. Leave model.attention at sdpa."
+            )
+    if config.compile_image:
+        model.visual.compile()
+    if config.compile_text:
+        text = getattr(model, "text", None)
+        (text if isinstance(text, nn.Module) else model.transformer).compile()
+
+
+def native_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Plain matrix products and a softmax: softmax(Q K^T / sqrt(D) + M) V, the (L, L) scores held in memory."""
+    scores = torch.einsum("blhd,bmhd->bhlm", query, key) / math.sqrt(query.shape[-1])
+    weights = (scores if mask is None else scores + mask.to(scores)).softmax(dim=-1)
+    return torch.einsum("bhlm,bmhd->blhd", weights, value)
+
+
+def xformers_attention() -> Attention:
+    """Return xformers' memory-efficient attention.
+
+    Raises:
+        MissingExtraError: If xformers is not installed.
+        ConfigError: If its compiled part was built for another PyTorch.
+    """
+    try:
+        import xformers
+        from xformers import ops
+    except ImportError as error:
+        raise MissingExtraError("xformers", "xformers", "model.attention xformers") from error
+    if not getattr(xformers, "_has_cpp_library", False):
+        raise ConfigError(
+            f"model.attention is xformers, but xformers {xformers.__version__} was built for another PyTorch than "
+            f"{torch.__version__}. Install the xformers release made for it, or use model.attention sdpa."
+        )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Call xformers; the mask is spread over batch and heads, which it does not do by itself."""
+        bias = None
+        if mask is not None:
+            batch, length, heads, _ = query.shape
+            bias = mask.to(query).expand(batch, heads, length, key.shape[1])
+        return ops.memory_efficient_attention(query, key, value, attn_bias=bias)
+
+    return attend
+
+
+def replace_attention(model: nn.Module, compute: Attention) -> int:
+    """Let every self-attention of PyTorch's own kind in a model be computed by a function.
+
+    Args:
+        model: Any module.
+        compute: The attention.
+
+    Returns:
+        Number of layers changed.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention) and m.in_proj_weight is not None]
+    for layer in layers:
+        layer.compute = compute  # type: ignore[assignment]  # found by the forward below, also in copies
+        layer.forward = types.MethodType(_forward, layer)  # type: ignore[method-assign]
+    return len(layers)
+
+
+def _forward(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
+    """``nn.MultiheadAttention.forward`` without weights, for queries, keys and values from one tensor or three."""
+    mask = options.get("attn_mask")
+    padded = options.get("key_padding_mask") is not None
+    if padded or options.get("need_weights", True) or (mask is not None and mask.ndim != 2):
+        return nn.MultiheadAttention.forward(self, query, key, value, **options)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, -math.inf)
+    inputs = (query, key, value) if self.batch_first else tuple(x.transpose(0, 1) for x in (query, key, value))
+    weights = self.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+    projected = [
+        F.linear(x, weight, bias).unflatten(-1, (self.num_heads, -1))
+        for x, weight, bias in zip(inputs, weights, biases, strict=True)
+    ]
+    mixed = self.out_proj(self.compute(*projected, mask).flatten(-2))
+    return (mixed if self.batch_first else mixed.transpose(0, 1)), None

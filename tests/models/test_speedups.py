@@ -1,0 +1,71 @@
+"""Attention backends give open_clip's features and gradients; compiled towers keep their names."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from open_clip.model import CLIP, CustomTextCLIP
+from torch import nn
+
+from ftfast.config.schema import ModelConfig
+from ftfast.errors import ConfigError, MissingExtraError
+from ftfast.models.speedups import apply_speedups, native_attention, replace_attention, xformers_attention
+
+TOWERS = {
+    "embed_dim": 24,
+    "vision_cfg": {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 24},
+    "text_cfg": {"context_length": 9, "vocab_size": 50, "width": 24, "heads": 3, "layers": 2},
+}
+
+
+def built(kind: type[nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind(**copy.deepcopy(TOWERS)).double()
+
+
+def features(model: nn.Module) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(3, 3, 24, 24, generator=generator, dtype=torch.float64)
+    tokens = torch.randint(1, 50, (3, 9), generator=generator)
+    found = [model.encode_image(images), model.encode_text(tokens)]
+    loss = sum((feature**3).sum() for feature in found)
+    _, parameters = zip(*model.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [*found, *(g for g in gradients if g is not None)]
+
+
+@pytest.mark.parametrize("kind", [CLIP, CustomTextCLIP])
+def test_replaced_attention_is_the_same_function(kind: type[nn.Module]) -> None:
+    model = built(kind)
+    expected = features(model)
+    calls = []
+
+    def counted(query: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        calls.append(query.shape)
+        return native_attention(query, *rest)
+
+    assert replace_attention(model, counted) == 4
+    found = features(copy.deepcopy(model))
+    assert len(calls) == 4
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_choices_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"'tiny' has no torch.nn.MultiheadAttention"):
+        apply_speedups(nn.Linear(2, 2), ModelConfig(name="tiny", attention="native"))
+    monkeypatch.setitem(__import__("sys").modules, "xformers", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'ftfast\[xformers\]'"):
+        xformers_attention()
+
+
+def test_compiled_towers_keep_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built(CLIP)
+    names = list(model.state_dict())
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    apply_speedups(model, ModelConfig(compile_image=True, compile_text=True))
+    assert compiled == ["VisionTransformer", "Transformer"]
+    assert list(model.state_dict()) == names
