@@ -188,7 +188,7 @@ def draw(rows: list[Row], target: Path) -> None:
     for index, name in enumerate(names):
         of_name = [row for row in rows if row["importance"] == name]
         by_strength = [
-            [row for row in of_name if row["strength"] == s] for s in dict.fromkeys(r["strength"] for r in of_name)
+            [row for row in of_name if row["strength"] == s] for s in sorted({r["strength"] for r in of_name})
         ]
         points = [[mean(r[key] for r in group) for group in by_strength] for key in ("learnt", "kept")]
         marker = "*" if len(points[0]) == 1 else "o"
