@@ -90,7 +90,7 @@ def _heat_map(
 
 
 def curves(runs: Mapping[str, Sequence[SequenceMatrix]]) -> Plot:
-    """Two means along the sequence: over tasks already learned, and over tasks not learned yet.
+    """Mean change from zero-shot along the sequence: over tasks already learned, and over tasks not learned yet.
 
     Args:
         runs: Method -> one matrix per seed.
@@ -113,7 +113,9 @@ def curves(runs: Mapping[str, Sequence[SequenceMatrix]]) -> Plot:
         figure = new_figure(theme, width=9.4, height=4.3)
         for place, kind in enumerate(("learned", "not learned yet")):
             axes = figure.add_subplot(1, 2, place + 1)
-            style_axes(axes, theme, "tasks learned", f"mean accuracy on tasks {kind} (%)")
+            style_axes(axes, theme, "tasks learned", f"tasks {kind}: points against zero-shot")
+            axes.axhline(0, color=theme.muted, linewidth=1, linestyle=(0, (4, 4)))
+            axes.xaxis.get_major_locator().set_params(integer=True)
             for number, name in enumerate(runs):
                 chosen = [row for row in rows if row[0] == name and row[1] == kind]
                 colour = theme.cycle[number % len(theme.cycle)]
@@ -126,14 +128,17 @@ def curves(runs: Mapping[str, Sequence[SequenceMatrix]]) -> Plot:
                 legend_below(figure, axes, theme, columns=4)
         return figure
 
-    caption = "Mean over seeds, with their range. Left: what was learned, as more is learned. Right: what comes later."
-    header = ("run", "kind", "tasks_learned", "after", "mean_percent", "lowest", "highest")
+    caption = (
+        "Mean accuracy against the untouched model on the same tasks; lines are means over seeds, bands their range. "
+        "Left: what was learned, as more is learned. Right: what comes later."
+    )
+    header = ("run", "kind", "tasks_learned", "after", "mean_points", "lowest", "highest")
     return Plot("along_the_sequence", "Along the sequence", caption, header, rows, draw, wide=True)
 
 
 def _along(matrix: SequenceMatrix, lower: bool) -> np.ndarray:
-    """Mean accuracy on tasks learned so far (or not yet) at the start and after every task; NaN where there is none."""
-    table = matrix.with_zero_shot()
+    """Mean change on tasks learned so far (or not yet) at the start and after every task; NaN where there is none."""
+    table = matrix.with_zero_shot() - matrix.zero_shot
     parts = [line[:step] if lower else line[step:] for step, line in enumerate(table)]
     return np.array([part.mean() if len(part) else np.nan for part in parts])
 
@@ -159,6 +164,7 @@ def task_curves(runs: Mapping[str, Sequence[SequenceMatrix]]) -> Plot | None:
         for place, task in enumerate(tasks):
             axes = figure.add_subplot(lines, columns, place + 1)
             style_axes(axes, theme)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_title(task, color=theme.ink, fontsize=10)
             axes.axvline(place + 1, color=theme.muted, linewidth=1, linestyle=(0, (3, 3)))
             for number, name in enumerate(means):
