@@ -30,6 +30,9 @@ from ftfast.upgrade import UpgradeConfig, folders, run_upgrade
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
+SETS = ("animals", "food", "objects", "smileys", "symbols", "travel")
+UPGRADE_SETS = ("activities", "smileys", "symbols", "travel")
+"""Learning rates of prompts were chosen on the other groups (animals, food, objects)."""
 ABLATION = {
     "all": (),
     "DVA": ("--options.terms", "DVA"),
@@ -61,44 +64,52 @@ def figures(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def base_to_new(work: Path) -> dict[str, Any]:
-    """CLIP-CITE and its peers at 4 and all available shots."""
+    """CLIP-CITE and its peers at 4 and all available shots.
+
+    Groups of generic drawings have two training images per class, so 4 shots are all of them; people have up to twelve.
+    """
     config = FewshotConfig(
         recipes=("clip-cite", "finetune", "coop", "kgcoop"),
-        shots=(4, 0),
+        shots=(4,),
         seeds=SEEDS,
+        sets=SETS,
         out=str(work / "base-to-new"),
         resume=True,
     )
     records = run_fewshot(config).records
+    people = dataclasses.replace(config, sets=("people",), shots=(4, 0), out=str(work / "people"))
     bare = dataclasses.replace(
         config, recipes=("clip-cite",), out=str(work / "alpha1"), overrides=("--options.alpha", "1")
     )
-    return {"figures": figures(records), "without_ensembling": figures(run_fewshot(bare).records)}
+    return {
+        "figures": figures(records),
+        "without_ensembling": figures(run_fewshot(bare).records),
+        "people": figures(run_fewshot(people).records),
+    }
 
 
 def ablation(work: Path) -> dict[str, Any]:
-    """Rows of the ablation, 4 shots."""
+    """Rows of the ablation on one group of drawings."""
     table = {}
     for name, flags in ABLATION.items():
         out = str(work / "ablation" / name.replace(" ", "_"))
-        config = FewshotConfig(shots=(4,), seeds=SEEDS, out=out, resume=True, overrides=flags)
+        config = FewshotConfig(shots=(4,), seeds=SEEDS, sets=("animals",), out=out, resume=True, overrides=flags)
         table[name] = figures(select(run_fewshot(config).records, recipe="clip-cite"))
     return {"figures": table}
 
 
 def upgrade(work: Path) -> dict[str, Any]:
-    """Prompts learned on v1 and moved to v2; full fine-tuning's task vector for comparison."""
+    """Prompts learned on v1 and moved to v2."""
     out = work / "upgrade"
     run_fewshot(
         FewshotConfig(
             protocol="fsl",
-            recipes=("contcoop", "coop", "cocoop", "kgcoop", "clip-cite"),
-            sets=("people", "animals", "food", "objects"),
+            recipes=("contcoop", "coop", "cocoop"),
+            sets=UPGRADE_SETS,
             shots=(16,),
             seeds=SEEDS,
             out=str(out / "v1"),
             resume=True,
-            keep_weights=True,
         )
     )
     moved = run_upgrade(UpgradeConfig(sources=folders([str(out / "v1")]), to="tiny-clip-v2", out=str(out / "v2")))

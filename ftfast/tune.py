@@ -8,7 +8,7 @@ import math
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -341,7 +341,7 @@ def _measured(search: Search, params: dict[str, Any], folder: Path) -> Results:
     return {s.config.name: {"value": results[s.config.name][main_metric(s.config)]} for s in run.suites}
 
 
-def with_params(search: Search, params: dict[str, Any]) -> TrainConfig:
+def with_params(search: Search, params: Mapping[str, Any]) -> TrainConfig:
     """Return the settings of the user with a trial's parameters on top."""
     flags = ["--recipe", search.recipe.name, *search.config.overrides, *as_flags(params)]
     return resolve(search.recipe.options, search.recipe.preset, search.config.files, flags).config

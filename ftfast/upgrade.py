@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -128,8 +129,8 @@ def run_upgrade(config: UpgradeConfig, console: Console | None = None) -> Upgrad
         move = _known(kept, origin, config)
         if move is None:
             move = _move(origin, bench, config, out / "retrained" / f"{number:02d}", console)
-            values = dataclasses.asdict(move)
-            writing(out, lambda path=kept, found=values: write_atomically(path, json.dumps(found, indent=2) + "\n"))
+            text = json.dumps(dataclasses.asdict(move), indent=2) + "\n"
+            writing(out, functools.partial(write_atomically, kept, text))
         moves.append(move)
     extra = {"seconds": round(time.perf_counter() - begin, 1), "environment": environment()}
     page = write_upgrade_report(out, moves, to=config.to, extra=extra)

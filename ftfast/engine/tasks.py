@@ -100,7 +100,7 @@ def _write(run: Run, folder: Path, card: str) -> None:
     save_open_clip_folder(folder / FINAL, run.loaded.model.state_dict(), run.loaded, card)
 
 
-def writing(folder: Path, write: Callable[[], None]) -> None:
+def writing(folder: Path, write: Callable[[], object]) -> None:
     """Write results; a full disk becomes one sentence.
 
     Args:

@@ -20,7 +20,8 @@ from ftfast.models.prompts import PromptLearner, PromptSpec, TextPath
 WEIGHTS = "prompt.safetensors"
 FACTS = "prompt.json"
 CLASSES = "class_features.safetensors"
-PROBE = "A Photograph of 27 spotted hyenas, x naïve-looking; the 3rd's ear."
+PROBE = "Naïve 27th hyenas' x-ray photographs"
+PROBE_TOKENS = 8  # models that read few tokens cut a text off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,8 @@ class PromptFacts:
 
 
 def probe_tokens(path: TextPath) -> tuple[int, ...]:
-    """Tokens of a fixed sentence, without start, end and padding; at most the first sixteen."""
-    return tuple(path.words(PROBE)[:16].tolist())
+    """The first tokens of a fixed text, without the start token."""
+    return tuple(path.words(PROBE)[:PROBE_TOKENS].tolist())
 
 
 def save_prompt(folder: Path, learner: PromptLearner, loaded: LoadedModel, *, recipe: str, settings: str = "") -> Path:
@@ -116,8 +117,8 @@ def read_facts(folder: Path) -> PromptFacts:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         spec = PromptSpec(**values.pop("spec"))
-        sequences = {name: tuple(values.pop(name)) for name in ("probe", "class_names")}
-        return PromptFacts(spec=spec, **sequences, **values)
+        probe, names = tuple(values.pop("probe")), tuple(values.pop("class_names"))
+        return PromptFacts(spec=spec, probe=probe, class_names=names, **values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is not a prompt that ftfast saved: {error}.") from error
 
@@ -149,7 +150,7 @@ def transplant_problems(facts: PromptFacts, loaded: LoadedModel) -> list[str]:
     except ModelError as error:
         return [str(error)]
     problems = []
-    if path.width != facts.width:
+    if path.width != facts.width and not facts.spec.token_mixing:
         problems.append(
             f"the prompt has contexts of width {facts.width} ({facts.model}), but the text tower of {loaded.name} has "
             f"width {path.width}. Contexts can be moved only between text towers of equal width."

@@ -35,6 +35,9 @@ class PromptSpec:
         attention: Contexts attend to the class name's token embeddings (ContCoOp): P + W_o Attn(W_q P, W_k E, W_v E),
             with W_o = 0 at the start.
         pooled: The attention sees the mean of the class name's embeddings instead of each of them.
+        token_mixing: What is trained acts on tokens, not on embedding dimensions: P_c = P + A E_V + g mean(E_c), with
+            E_V the embeddings of the training names' tokens, A (M, V) and g (M) zero at the start. Such a prompt can
+            be moved between text towers that share nothing but the tokenizer. Needs ``recompute_words``.
         recompute_words: Contexts are the loaded model's embeddings of ``init_text`` plus a trained offset, so the words
             are looked up anew in another model; False: the trained vectors are everything.
     """
@@ -46,6 +49,7 @@ class PromptSpec:
     image_conditioned: bool = False
     attention: bool = False
     pooled: bool = False
+    token_mixing: bool = False
     recompute_words: bool = False
 
 
@@ -127,14 +131,20 @@ class PromptLearner(nn.Module):
         device = self.path.table.weight.device
         if spec.recompute_words and not spec.init_text:
             raise ConfigError("recompute_words needs init_text: words that can be looked up in another model.")
+        if spec.token_mixing and (spec.attention or spec.class_specific or not spec.recompute_words):
+            raise ConfigError("token_mixing needs recompute_words and excludes attention and class-specific contexts.")
         words = self.path.words(spec.init_text) if spec.init_text else torch.empty(0, dtype=torch.int64)
         self.length = len(words) if spec.init_text else spec.context_length
         if self.length < 1:
             raise ConfigError(f"a prompt needs at least one context, but context_length is {spec.context_length}.")
-        start = self._start(words, device)
-        if spec.class_specific:
-            start = start.expand(len(self.class_names), -1, -1)
-        self.context = nn.Parameter(start.clone())
+        self.vocabulary = self._vocabulary(words) if spec.token_mixing else words
+        if spec.token_mixing:
+            self.mixture = nn.Parameter(torch.zeros(self.length, len(self.vocabulary)))
+            self.gain = nn.Parameter(torch.zeros(self.length, 1))
+        else:
+            start = self._start(words, device)
+            start = start.expand(len(self.class_names), -1, -1) if spec.class_specific else start
+            self.context = nn.Parameter(start.clone())
         width = self.path.width
         if spec.attention:
             self.query, self.key, self.value, self.output = (nn.Linear(width, width, bias=False) for _ in range(4))
@@ -144,6 +154,11 @@ class PromptLearner(nn.Module):
             self.meta = nn.Sequential(nn.Linear(loaded.embed_dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.to(device)
         self._known: dict[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _vocabulary(self, words: Tensor) -> Tensor:
+        """Tokens of the words and of all training names, each once, in order."""
+        spoken = [self.path.words(name.replace("_", " ")) for name in self.class_names]
+        return torch.unique(torch.cat([words, *spoken]))
 
     def _start(self, words: Tensor, device: torch.device) -> Tensor:
         """(M, d) contexts before training."""
@@ -201,6 +216,8 @@ class PromptLearner(nn.Module):
 
     def _contexts(self, names: tuple[str, ...], embeddings: Tensor, name_mask: Tensor) -> Tensor:
         """(C, M, d) contexts of each class."""
+        if self.spec.token_mixing:
+            return self._mix(embeddings, name_mask)
         contexts: Tensor = self.context
         if self.spec.class_specific:
             number = {name: place for place, name in enumerate(self.class_names)}
@@ -213,16 +230,24 @@ class PromptLearner(nn.Module):
                 )
             contexts = contexts[[number[name] for name in names]]
         if self.spec.recompute_words:
-            contexts = contexts + self.path.table.weight.detach()[self.path.words(self.spec.init_text)].float()
+            contexts = contexts + self._words()
         contexts = contexts.expand(len(names), -1, -1)
         return contexts + self._attend(contexts, embeddings, name_mask) if self.spec.attention else contexts
+
+    def _words(self) -> Tensor:
+        """(M, d) the loaded model's embeddings of ``init_text``."""
+        return self.path.table.weight.detach()[self.path.words(self.spec.init_text)].float()
+
+    def _mix(self, embeddings: Tensor, name_mask: Tensor) -> Tensor:
+        """P + A E_V + g mean(E_c): (C, M, d)."""
+        table = self.path.table.weight.detach()[self.vocabulary.to(embeddings.device)].float()
+        return self._words() + self.mixture @ table + self.gain * _mean_name(embeddings, name_mask).unsqueeze(1)
 
     def _attend(self, contexts: Tensor, embeddings: Tensor, name_mask: Tensor) -> Tensor:
         """W_o softmax(Q K^T / sqrt(d)) V over the class name's own tokens."""
         mask = name_mask
         if self.spec.pooled:
-            weights = name_mask.float() / name_mask.sum(-1, keepdim=True)
-            embeddings = torch.einsum("cl,cld->cd", weights, embeddings).unsqueeze(1)
+            embeddings = _mean_name(embeddings, name_mask).unsqueeze(1)
             mask = torch.ones(len(embeddings), 1, dtype=torch.bool, device=embeddings.device)
         found = F.scaled_dot_product_attention(
             self.query(contexts), self.key(embeddings), self.value(embeddings), attn_mask=mask.unsqueeze(1)
@@ -248,14 +273,21 @@ class PromptLearner(nn.Module):
         lengths = torch.tensor([len(self.path.words(name)) for name in spoken], device=tokens.device)
         column = torch.arange(self.length, device=tokens.device).expand(len(names), -1)
         places = 1 + column + torch.where(column < ahead, 0, lengths[:, None])
-        if int(places.max()) >= tokens.shape[1] - 1:
-            raise ConfigError(
-                f"{self.length} contexts and the class name '{names[int(places.max(1).values.argmax())]}' do not fit "
-                f"the {tokens.shape[1]} tokens the model reads. Use fewer contexts, or position end."
-            )
         inside = torch.arange(tokens.shape[1], device=tokens.device)[None]
         mask = (inside > ahead) & (inside <= ahead + lengths[:, None]) & (inside < tokens.shape[1] - 1)
+        outside = (places.max(1).values >= tokens.shape[1] - 1) | ~mask.any(1)
+        if bool(outside.any()):
+            raise ConfigError(
+                f"{self.length} contexts and the class name '{names[int(outside.nonzero()[0])]}' do not fit the "
+                f"{tokens.shape[1]} tokens the model reads. Use fewer contexts, or position end."
+            )
         return tokens, places, mask
+
+
+def _mean_name(embeddings: Tensor, name_mask: Tensor) -> Tensor:
+    """(C, d) mean embedding of each class name's tokens."""
+    weights = name_mask.float() / name_mask.sum(-1, keepdim=True)
+    return torch.einsum("cl,cld->cd", weights, embeddings)
 
 
 def _put(embeddings: Tensor, places: Tensor, contexts: Tensor) -> Tensor:

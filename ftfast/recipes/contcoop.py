@@ -20,6 +20,8 @@ class ContCoOpOptions(PromptOptions):
     """lambda in L_ce + lambda L_kd; 8 is KgCoOp's."""
     class_embedding: Literal["tokens", "pooled"] = "tokens"
     """What the contexts attend to: the embeddings of the name's tokens ("tokens"), or their mean ("pooled")."""
+    weights: Literal["width", "tokens"] = "width"
+    """Attention with d x d matrices, for text towers of one origin; or on tokens, P + A E_names + g mean(E_c)."""
     recompute_words: bool = True
     """Contexts are the model's embeddings of init_text plus a trained offset; a new model looks the words up anew."""
 
@@ -27,12 +29,14 @@ class ContCoOpOptions(PromptOptions):
 def build(context: Context) -> Plan:
     """Declare L_ce + lambda L_kd; P_c = P + W_o Attn(P, E_c, E_c) with W_o = 0 at the start."""
     options: ContCoOpOptions = context.options
+    tokens = options.weights == "tokens"
     spec = PromptSpec(
         init_text=options.init_text,
         context_length=options.context_length,
-        attention=True,
+        attention=not tokens,
+        token_mixing=tokens,
         pooled=options.class_embedding == "pooled",
-        recompute_words=options.recompute_words and bool(options.init_text),
+        recompute_words=tokens or (options.recompute_words and bool(options.init_text)),
     )
     return prompt_plan(context, spec, "contcoop", distill=options.knowledge, distill_weight=options.knowledge_weight)
 
@@ -45,7 +49,7 @@ RECIPE = Recipe(
     build=build,
     deviations=(
         "The paper's code and equations were not available; residual, zero start, query and keys are this project's.",
-        "Both forms of L_kd, its weight and recompute_words are this project's choice.",
+        "Both forms of L_kd, its weight, recompute_words and weights: tokens are this project's choice.",
         "AdamW in place of SGD; no random flips.",
     ),
 )

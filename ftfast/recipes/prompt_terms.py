@@ -64,7 +64,8 @@ class PromptLosses:
         classes = self.class_features(f)
         if classes.ndim == 2:
             return kernels.classification_loss(f.image, classes, f.batch.labels, f.logit_scale)
-        return F.cross_entropy(f.logit_scale * torch.einsum("bd,bcd->bc", f.image, classes), f.batch.labels)
+        scores = f.logit_scale * torch.einsum("bd,bcd->bc", f.image, classes)
+        return F.cross_entropy(scores, torch.as_tensor(f.batch.labels))
 
     def to_zero_shot(self, zero_shot: Tensor) -> Callable[[Features], Tensor]:
         """KgCoOp: 1 - mean_c cos(t_c, t_c of the hand-written prompts)."""

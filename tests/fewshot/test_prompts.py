@@ -27,6 +27,7 @@ METHODS = {
     "contcoop": PromptSpec(attention=True, recompute_words=True),
     "contcoop, pooled": PromptSpec(attention=True, pooled=True, recompute_words=True),
     "contcoop, stored words": PromptSpec(attention=True),
+    "contcoop, tokens": PromptSpec(token_mixing=True, recompute_words=True),
 }
 
 
@@ -58,14 +59,14 @@ def stirred(learner: PromptLearner, seed: int = 1) -> PromptLearner:
 @pytest.mark.parametrize("init_text", ["a photo of a", "an icon of a small"])
 def test_step_zero_is_exactly_the_hand_written_prompt(tiny: LoadedModel, method: str, init_text: str) -> None:
     spec = PromptSpec(**{**vars(METHODS[method]), "init_text": init_text})
-    features = PromptLearner(tiny, spec).class_features(NAMES)
+    features = PromptLearner(tiny, spec, NAMES).class_features(NAMES)
     assert torch.equal(features, hand_written(tiny, start=init_text))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_parameter_learns_and_the_clip_does_not(tiny: LoadedModel, method: str) -> None:
     tiny.model.requires_grad_(False)
-    learner = stirred(PromptLearner(tiny, METHODS[method]))
+    learner = stirred(PromptLearner(tiny, METHODS[method], NAMES))
     images = F.normalize(torch.randn(3, 256, generator=torch.Generator().manual_seed(0)), dim=-1)
     features = learner.class_features(NAMES, images)
     assert features.shape == ((3, 5, 256) if method == "cocoop" else (5, 256))
@@ -101,6 +102,32 @@ def test_attention_reads_the_tokens_of_the_class_name_only(tiny: LoadedModel) ->
         context = learner._contexts((name,), table[tokens].float(), mask)[0]
         assert torch.allclose(context.double(), base.double() + found, atol=1e-5)
         assert tokens[0, places[0]].tolist() == learner.path.words("a photo of a").tolist()
+
+
+def test_token_mixing_mixes_embeddings_of_names(tiny: LoadedModel) -> None:
+    learner = stirred(PromptLearner(tiny, METHODS["contcoop, tokens"], NAMES))
+    table = learner.path.table.weight.detach().double()
+    vocabulary = sorted(
+        {int(token) for name in (*NAMES, "a photo of a") for token in learner.path.words(name.replace("_", " "))}
+    )
+    assert learner.vocabulary.tolist() == vocabulary
+    for name in ("dog", "grand_piano"):  # any name, also one that was not trained on
+        tokens, _, mask = learner._places((name,))
+        found = learner._contexts((name,), table.float()[tokens], mask)[0]
+        mean = table[learner.path.words(name.replace("_", " "))].mean(0)
+        expected = table[learner.path.words("a photo of a")] + learner.mixture.double() @ table[vocabulary]
+        expected = expected + learner.gain.double() * mean
+        assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+def test_token_mixing_moves_to_another_width(tiny: LoadedModel, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = save_prompt(
+        tmp_path / "prompt", PromptLearner(tiny, METHODS["contcoop, tokens"], NAMES), tiny, recipe="contcoop"
+    )
+    narrow = load_model(ModelConfig(name=str(tiny_folder)))
+    assert torch.equal(load_prompt(folder, narrow).class_features(NAMES), hand_written(narrow))
+    with pytest.raises(ConfigError, match="token_mixing needs recompute_words"):
+        PromptLearner(tiny, PromptSpec(token_mixing=True))
 
 
 def test_cocoop_shifts_contexts_by_the_image(tiny: LoadedModel) -> None:
@@ -149,6 +176,7 @@ def plan_of(recipe: str, loaded: LoadedModel, table: Path, **options: object) ->
         ("kgcoop", {}, "features"),
         ("contcoop", {}, "features"),
         ("contcoop", {"knowledge": "class_scores", "knowledge_weight": 3.0}, "scores"),
+        ("contcoop", {"weights": "tokens"}, "features"),
     ],
 )
 def test_losses_equal_their_formulas(
