@@ -113,9 +113,7 @@ def rooted(sequence: SequenceConfig, root: str) -> SequenceConfig:
         plain = data.path.startswith(("coop:", "torchvision:")) and "?" not in data.path
         return dataclasses.replace(data, path=f"{data.path}?root={root}") if plain else data
 
-    tasks = tuple(
-        dataclasses.replace(task, train=point(task.train), test=point(task.test)) for task in sequence.tasks
-    )
+    tasks = tuple(dataclasses.replace(task, train=point(task.train), test=point(task.test)) for task in sequence.tasks)
     suites = tuple(dataclasses.replace(suite, data=point(suite.data)) for suite in sequence.suites)
     return dataclasses.replace(sequence, tasks=tasks, suites=suites)
 
