@@ -317,7 +317,7 @@ def build_engine(run: Run) -> Engine:
     With DeepSpeed, ``run.loaded.model`` becomes a plain copy of the model that is trained.
 
     Raises:
-        ConfigError: If the recipe cannot be trained with DeepSpeed.
+        ConfigError: If the recipe or the command cannot be combined with DeepSpeed.
     """
     config, anchor = run.config, run.plan.anchor
     if zero_stage(config) is None:
@@ -327,6 +327,10 @@ def build_engine(run: Run) -> Engine:
         raise ConfigError(
             f"recipe '{run.recipe.name}' trains prompts beside a CLIP that stays as it is, so there is nothing for "
             "ZeRO to divide. Leave out --zero."
+        )
+    if not torch.distributed.is_initialized():
+        raise ConfigError(
+            "DeepSpeed works with 'ftfast train' and ftfast/train.py only. Leave out deepspeed.zero here."
         )
     from ftfast.engine.deepspeed_engine import DeepSpeedEngine
 

@@ -80,6 +80,8 @@ class CheckpointManager:
                     torch.save(state, work / STATE_NAME)
                     (work / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         except (OSError, RuntimeError) as error:
+            if processes.several and isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise  # another process is gone, which is not this disk's fault
             raise CheckpointError(
                 f"checkpoint {target} cannot be written: {error}. "
                 "Earlier checkpoints are intact; free disk space and use --resume."

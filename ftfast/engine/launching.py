@@ -56,17 +56,21 @@ def train_together(
         if not processes.several:
             leave_processes()
             raise
-        _end_with_trace(processes, error)
+        _end_with_trace(processes, error, config.train.timeout_s)
     leave_processes()
     return result
 
 
-def _end_with_trace(processes: Processes, error: Exception) -> None:
+def _end_with_trace(processes: Processes, error: Exception, timeout_s: float) -> None:
     """Show the traceback and end: an orderly exit would wait for exchanges that no longer happen."""
     traceback.print_exception(error, file=sys.stderr)
     sys.stderr.flush()
     if processes.several and isinstance(error, RuntimeError):
         time.sleep(3 * BEAT_S)  # if another process died, the watching thread names it and ends this one
-    kind = type(error).__name__
-    print(f"error: process {processes.rank} of {processes.world_size} failed: {kind}", file=sys.stderr, flush=True)
+    print(
+        f"error: process {processes.rank} of {processes.world_size} failed: {type(error).__name__}. Exchanges between "
+        f"processes wait {timeout_s:g} s at most (train.timeout_s).",
+        file=sys.stderr,
+        flush=True,
+    )
     os._exit(1)

@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ftfast.engine.processes import Processes
-from ftfast.errors import FtfastError
+from ftfast.errors import FtfastError, Interrupted
 
 BEAT_S = 2.0
 """Seconds between two signs of life."""
@@ -64,7 +64,7 @@ class Liveness:
             return  # keep watching: an exchange that failed is usually the work of another process's death
         self._stop.set()
         self._thread.join()
-        self._beat(DONE if kind is None else FAILED)
+        self._beat(DONE if kind is None or issubclass(kind, Interrupted) else FAILED)
 
     def _beat(self, count: str) -> None:
         self._store.set(_key(self.processes.rank), json.dumps({**self._identity, "beat": count}))
@@ -96,7 +96,10 @@ class Liveness:
         told = json.loads(text)
         where = _name(rank, told)
         if told["beat"] == FAILED:
-            self._end(f"{where} could not go on; its own message says why")
+            # Mostly this process was told in an orderly way and is about to end by itself.
+            if not self._stop.wait(2 * BEAT_S):
+                self._end(f"{where} could not go on; its own message says why")
+            return
         if told["beat"] == DONE:
             self._finished.add(rank)
             return
