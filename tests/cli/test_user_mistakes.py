@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import write_image
+from image_files import write_image
 
 from ftfast.cli import main
 

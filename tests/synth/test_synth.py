@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from image_files import write_image
 from PIL import Image
 
 from ftfast.cli import main
