@@ -31,7 +31,7 @@ from ftfast.upgrade import UpgradeConfig, folders, run_upgrade
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
 SETS = ("animals", "food", "objects", "smileys", "symbols", "travel")
-UPGRADE_SETS = ("activities", "smileys", "symbols", "travel")
+UPGRADE_SETS = ("smileys", "travel")
 """Learning rates of prompts were chosen on the other groups (animals, food, objects)."""
 ABLATION = {
     "all": (),
