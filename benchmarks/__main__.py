@@ -12,6 +12,8 @@ COMMANDS = {
     "topk": "exact top-k search beside faiss and plain PyTorch",
     "weightspace": "Fisher accumulation and the anchored optimizer beside PyTorch loops",
     "continual": "GIFT beside its peers on the built-in tasks: both orders, three seeds",
+    "train": "a training step in its parts, stock losses beside ours, by number of processes",
+    "zero": "memory of each process under ZeRO, beside what ftfast plan says",
     "plotting": "draw time and memory from the recorded results (also: plot)",
 }
 ALIASES = {"plot": "plotting"}

@@ -44,6 +44,9 @@ COMMANDS: dict[str, Command] = {
         "upgrade PROMPT --to MODEL", "move a prompt to another model, measure it", "ftfast.cli.upgrade_command:run"
     ),
     "tune": Command("tune RECIPE --data DATA", "search settings on validation data", "ftfast.cli.tune_command:run"),
+    "plan": Command(
+        "plan --model NAME --zero 3 --gpus 8", "memory a run takes on each GPU", "ftfast.cli.plan_command:run"
+    ),
     "eval": Command("eval RUN_OR_WEIGHTS --suite FILE", "measure a model", "ftfast.cli.evaluate_command:run"),
     "merge": Command(
         "merge START END --alpha 0:1:0.1", "interpolate weights (WiSE-FT)", "ftfast.cli.merge_command:run"

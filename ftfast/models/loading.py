@@ -141,6 +141,21 @@ def load_model(config: ModelConfig, device: str | torch.device = "cpu") -> Loade
     )
 
 
+def model_settings(name: str) -> dict[str, Any]:
+    """Return open_clip's ``model_cfg`` of a model without building it.
+
+    Args:
+        name: As ``model.name``.
+
+    Returns:
+        A private copy.
+
+    Raises:
+        ModelError: If there is no such model.
+    """
+    return _model_config(*_identifier(ModelConfig(name=name)))
+
+
 def _identifier(config: ModelConfig) -> tuple[str, Path | None]:
     """Return open_clip's identifier for ``config.name`` and the local folder behind it, if there is one."""
     import open_clip
