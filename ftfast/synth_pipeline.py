@@ -157,7 +157,7 @@ def _set_scheduler(pipeline: Any, config: SynthConfig) -> None:
     """Use DPM-Solver++ for few steps where the pipeline allows it, as GIFT does."""
     from diffusers import DPMSolverMultistepScheduler
 
-    own = getattr(pipeline, "scheduler", None)
+    own: Any = getattr(pipeline, "scheduler", None)
     compatible = DPMSolverMultistepScheduler in getattr(own, "compatibles", ())
     if config.scheduler == "dpm-solver" and not compatible:
         raise ConfigError(f"--scheduler dpm-solver does not fit {type(own).__name__}. Use --scheduler pipeline.")

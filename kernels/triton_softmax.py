@@ -8,6 +8,8 @@ accumulator in registers, which at D = 768 leaves no room for tensor-core tiles.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -214,7 +216,7 @@ def forward(
     stripe = stripe_rows(m, n, tile)
     tiles_n = triton.cdiv(n, tile.n)
     by_diagonal = relation.mode in ("pair", "rivals")
-    wide = {"dtype": torch.float64, "device": x.device}
+    wide: Any = {"dtype": torch.float64, "device": x.device}
     row_lse, col_lse = torch.empty(m if rows else 0, **wide), torch.full((n if columns else 0,), -torch.inf, **wide)
     row_positive, col_positive = torch.zeros(m if rows else 0, **wide), torch.zeros(n if columns else 0, **wide)
     wide_scale, ids = scale.to(torch.float32), dense_ids(relation) or (x, y)  # without ids the pointers are not read

@@ -109,8 +109,9 @@ class DeepSpeedEngine:
         if divided is None:
             loaded.model = copy.deepcopy(model).cpu()
         self.plain: Any = loaded.model
-        self.module = ShardableModel(model, heads, config.model.freeze_batch_norm)
-        self.module.autocast_dtype = torch.bfloat16 if config.train.precision == "amp_bf16" else None
+        module = ShardableModel(model, heads, config.model.freeze_batch_norm)
+        module.autocast_dtype = torch.bfloat16 if config.train.precision == "amp_bf16" else None
+        self.module: TunedModel = module
         make_vectors(self.module)
         self.optimizer = AnchoredAdamW(
             parameter_groups(self.module, config.optim),
@@ -165,7 +166,8 @@ class DeepSpeedEngine:
 
     def _keep_heads_whole(self) -> None:
         """Keep the heads' weights gathered between steps: losses read them outside any module's forward pass."""
-        persistent, heads = self.inner.persistent_parameters, list(self.module.heads.parameters())
+        persistent = self.inner.persistent_parameters
+        heads: list[Any] = list(self.module.heads.parameters())  # DeepSpeed adds attributes to its parameters
         known = {id(parameter) for parameter in persistent}
         for parameter in heads:
             parameter.ds_persist = True

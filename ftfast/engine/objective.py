@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ class Objective:
         return dataclasses.replace(
             features,
             batch=whole,
-            image=gather(features.image),
+            image=cast(Tensor, gather(features.image)),
             text=gather_texts(features.text),
             teacher_image=gather(features.teacher_image),
             teacher_text=gather_texts(features.teacher_text),

@@ -98,6 +98,8 @@ def curves(runs: Mapping[str, Sequence[SequenceMatrix]]) -> Plot:
     Returns:
         The plot; lines are means over seeds, bands their range.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows: list[tuple[Any, ...]] = []
     for name, matrices in runs.items():
         for kind, lower in (("learned", True), ("not learned yet", False)):
@@ -115,7 +117,7 @@ def curves(runs: Mapping[str, Sequence[SequenceMatrix]]) -> Plot:
             axes = figure.add_subplot(1, 2, place + 1)
             style_axes(axes, theme, "tasks learned", f"tasks {kind}: points against zero-shot")
             axes.axhline(0, color=theme.muted, linewidth=1, linestyle=(0, (4, 4)))
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             for number, name in enumerate(runs):
                 chosen = [row for row in rows if row[0] == name and row[1] == kind]
                 colour = theme.cycle[number % len(theme.cycle)]
@@ -145,6 +147,8 @@ def _along(matrix: SequenceMatrix, lower: bool) -> np.ndarray:
 
 def task_curves(runs: Mapping[str, Sequence[SequenceMatrix]]) -> Plot | None:
     """Accuracy on every task along the sequence, one small picture per task; None for a single task."""
+    from matplotlib.ticker import MaxNLocator
+
     means = {name: mean_matrix(matrices) for name, matrices in runs.items()}
     tasks = next(iter(means.values())).tasks
     if len(tasks) < 2:
@@ -164,7 +168,7 @@ def task_curves(runs: Mapping[str, Sequence[SequenceMatrix]]) -> Plot | None:
         for place, task in enumerate(tasks):
             axes = figure.add_subplot(lines, columns, place + 1)
             style_axes(axes, theme)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.set_title(task, color=theme.ink, fontsize=10)
             axes.axvline(place + 1, color=theme.muted, linewidth=1, linestyle=(0, (3, 3)))
             for number, name in enumerate(means):

@@ -98,7 +98,7 @@ def replace_attention(model: nn.Module, compute: Attention) -> int:
     return len(layers)
 
 
-def _forward(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, None]:
+def _forward(self: Any, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
     """``nn.MultiheadAttention.forward`` without weights, for queries, keys and values from one tensor or three."""
     mask = options.get("attn_mask")
     padded = options.get("key_padding_mask") is not None

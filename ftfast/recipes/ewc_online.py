@@ -61,9 +61,9 @@ def estimate(context: Context, dataset: ImageDataset, texts: BatchSpec, by_class
         for batch in iterate_once(few, context.loaded.eval_transform, batch_size=options.fisher_batch_size):
             yield batch.to(device)
 
-    def loss(network: nn.Module, batch: Any, generator: torch.Generator | None) -> Tensor:
+    def loss(model: nn.Module, batch: Any, generator: torch.Generator | None) -> Tensor:
         """Batch loss as a vector of one element, differentiable in both towers."""
-        clip: Any = network
+        clip: Any = model
         words = list(source(batch, 0)) if source is not None else []
         image = clip.encode_image(batch.images, normalize=True)
         text = clip.encode_text(context.loaded.tokenizer(words).to(device), normalize=True)

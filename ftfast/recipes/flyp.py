@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor
 
 from ftfast.data import Batch
 from ftfast.losses import ClipLoss
@@ -41,7 +44,7 @@ def build(context: Context) -> Plan:
         on="task",
         loss=lambda f: clip(f.image, f.text, f.logit_scale),
         source="FLYP: symmetric CE over (image, class prompt) pairs",
-        ring=lambda f: ring_clip_loss(f.image, f.text, f.logit_scale),
+        ring=lambda f: ring_clip_loss(f.image, cast(Tensor, f.text), f.logit_scale),
     )
     batch = BatchSpec(name="task", view="random_resized_crop", texts=sampled_prompts(context))
     return Plan(batches=(batch,), terms=(term,))

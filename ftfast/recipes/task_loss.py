@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
@@ -75,7 +75,7 @@ def build_task(
                 on="task",
                 loss=lambda f: clip(f.image, f.text, f.logit_scale),
                 source="Radford et al. 2021",
-                ring=lambda f: ring_clip_loss(f.image, f.text, f.logit_scale),
+                ring=lambda f: ring_clip_loss(f.image, cast(Tensor, f.text), f.logit_scale),
             ),
             heads=nn.ModuleDict(),
         )
