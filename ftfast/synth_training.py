@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ftfast.data.builtin import load_builtin
+from ftfast.data.builtin import STYLES, load_builtin
 from ftfast.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
 from ftfast.models.tiny import TEMPLATES
 
@@ -37,15 +37,15 @@ class GeneratorConfig:
     """Folder to write: a diffusers pipeline. Checkpoints and sample sheets lie in FOLDER.partial until it is done."""
     steps: int = 8000
     """Optimizer steps."""
-    minutes: float = 100.0
-    """Longest training time; the learning rate reaches zero then, or after the last step if that comes first."""
+    cpu_minutes: float = 100.0
+    """Most processor time, summed over threads; the learning rate reaches zero then, or after the last step."""
     batch_size: int = 64
     """Images per step."""
     lr: float = 1e-3
     """Highest learning rate of AdamW: linear warm-up over 200 steps, linear to zero over the last 40 %."""
     ema: float = 0.998
     """Decay of the moving average of the weights, which is what is stored."""
-    sketch_steps: int = 6000
+    sketch_steps: int = 10000
     """Steps, of 256 cheap regressions each, that fit the sketch of every prompt before training begins."""
     seed: int = 0
     """Seed of initial weights, order, noise and prompts."""
@@ -94,7 +94,7 @@ def train_generator(config: GeneratorConfig, say: Callable[[str], None] | None =
         run.fit_sketch()
     run.train()
     folder = save_pipeline(Path(config.out), run.average, card_text(config, run.step, run.seconds))
-    say(f"{folder}: {run.step:,} steps, {run.seconds / 60:.0f} min")
+    say(f"{folder}: {run.step:,} steps, {run.seconds / 60:.0f} minutes of processor time")
     return folder
 
 
@@ -103,7 +103,7 @@ def _check(config: GeneratorConfig) -> None:
         f"{name} is {value}; it must be {need}."
         for name, value, need, good in (
             ("steps", config.steps, "at least 1", config.steps >= 1),
-            ("minutes", config.minutes, "positive", config.minutes > 0),
+            ("cpu_minutes", config.cpu_minutes, "positive", config.cpu_minutes > 0),
             ("batch_size", config.batch_size, "at least 1", config.batch_size >= 1),
             ("lr", config.lr, "positive", config.lr > 0),
             ("ema", config.ema, "in [0, 1)", 0 <= config.ema < 1),
@@ -121,27 +121,28 @@ def _check(config: GeneratorConfig) -> None:
         raise ConfigError(problems)
 
 
-def training_data() -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Return the drawings of "pairs/train" at 32 pixels, uint8 (N, 3, 32, 32), their labels (N,) and the names."""
+def training_data() -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
+    """Return the drawings of "pairs/train" at 32 pixels, uint8 (N, 3, 32, 32), labels (N,), hands (N,) and names."""
     from ftfast.models.generator import IMAGE_SIZE
 
     split = load_builtin("pairs/train")
     large = torch.from_numpy(np.array(split.images)).permute(0, 3, 1, 2).float()
     small = F.interpolate(large, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bicubic", antialias=True, align_corners=False)
-    return small.round().clamp(0, 255).byte(), torch.from_numpy(split.labels), split.class_names
+    hands = torch.tensor([STYLES.index(style) for style in split.styles])
+    return small.round().clamp(0, 255).byte(), torch.from_numpy(split.labels), hands, split.class_names
 
 
 class _Run:
-    """State of one training run: network, average, optimizer, step and time spent."""
+    """State of one training run: network, average, optimizer, step and processor time spent."""
 
     def __init__(self, config: GeneratorConfig, say: Callable[[str], None]) -> None:
         from ftfast.models.generator import TEXT_WIDTH, build_scheduler, build_unet, embed_prompts
 
         self.config, self.say = config, say
         self.folder = Path(f"{config.out.rstrip('/')}.partial")
-        self.images, self.labels, names = training_data()
+        self.images, self.labels, self.hands, names = training_data()
         prompts = [template.replace("{}", name) for template in TEMPLATES for name in names]
-        self.conditions = embed_prompts(prompts).view(len(TEMPLATES), len(names), TEXT_WIDTH)
+        self.texts = embed_prompts(prompts).view(len(TEMPLATES), len(names), TEXT_WIDTH)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.unet = build_unet().to(memory_format=torch.channels_last)
@@ -156,14 +157,14 @@ class _Run:
 
     def progress(self) -> float:
         """Share of the run that is done, in steps or in time, whichever is more."""
-        return min(1.0, max(self.step / self.config.steps, self.seconds / (60 * self.config.minutes)))
+        return min(1.0, max(self.step / self.config.steps, self.seconds / (60 * self.config.cpu_minutes)))
 
     def rate(self) -> float:
         """Learning rate of the next step."""
         return self.config.lr * min(1.0, (self.step + 1) / 200, (1 - self.progress()) / 0.4)
 
     def fit_sketch(self) -> None:
-        """Teach the sketch layers the mean drawing of every prompt; they stay as they are from then on."""
+        """Teach the sketch layers what every prompt looks like in every hand; they stay so from then on."""
         from ftfast.models.generator import SKETCH_SIZE
 
         begin = time.monotonic()
@@ -174,9 +175,7 @@ class _Run:
         steps, batch = self.config.sketch_steps, 256
         for step in range(steps):
             rows = torch.randint(len(small), (batch,), generator=random)
-            templates = torch.randint(len(self.conditions), (batch,), generator=random)
-            condition = self.conditions[templates, self.labels[rows]]
-            condition = condition.masked_fill(torch.rand(batch, 1, generator=random) < _DROP_PROMPT, 0.0)
+            condition = self._condition(rows, random)
             optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 100, 2 * (1 - step / steps))
             loss = F.mse_loss(self.unet.sketch(condition), small[rows])
             optimizer.zero_grad(set_to_none=True)
@@ -192,14 +191,14 @@ class _Run:
         from ftfast.models.generator import sample_sheet
 
         self.unet.train()
-        total, begin = 0.0, time.monotonic()
+        total, begin = 0.0, time.process_time()
         while self.progress() < 1.0:
             rate = self.rate()
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             total += self.update()
             self.step += 1
-            now = time.monotonic()
+            now = time.process_time()
             self.seconds, begin = self.seconds + now - begin, now
             last = self.progress() >= 1.0
             if self.step % 50 == 0:
@@ -217,12 +216,16 @@ class _Run:
                 sample_sheet(self.average, self.folder / f"sheet-{self.step:06d}.png")
 
     def update(self) -> float:
-        """Do one optimizer step on the velocity of noised drawings; return the loss."""
-        from ftfast.models.generator import fold
+        """Do one optimizer step on the velocity of noised residuals; return the loss."""
+        from ftfast.models.generator import RESIDUAL_SCALE, TEXT_WIDTH, enlarge, fold
 
         random = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        clean, condition = self._batch(random)
-        count = len(clean)
+        images, condition = self._batch(random)
+        count = len(images)
+        sketch = self.unet.paint(condition)
+        condition = condition.clone()
+        condition[torch.rand(count, generator=random) < _DROP_PROMPT, :TEXT_WIDTH] = 0.0
+        clean = (images - enlarge(sketch)) / RESIDUAL_SCALE
         # one time step from each of B equal parts of the schedule: less variance than independent draws
         times = ((torch.arange(count) + torch.rand(count, generator=random)) / count * len(self.signal)).long()
         noise = torch.randn(clean.shape, generator=random)
@@ -231,7 +234,7 @@ class _Run:
         noisy = fold(keep * clean + lose * noise).contiguous(memory_format=torch.channels_last)
         target = fold(keep * noise - lose * clean)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "amp_bf16"):
-            predicted = self.forward(noisy, times, condition)
+            predicted = self.forward(noisy, times, sketch, condition)
         loss = F.mse_loss(predicted.float(), target)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -242,15 +245,19 @@ class _Run:
         return loss.item()
 
     def _batch(self, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images in [-1, 1], and conditions of which a tenth are empty."""
+        """Images in [-1, 1], and their conditions."""
         size, count = self.config.batch_size, len(self.images)
         epoch, offset = divmod(self.step * size, count)
         order = torch.cat([self._order(epoch + i) for i in range(2 + size // count)])
         rows = order[offset : offset + size]
-        templates = torch.randint(len(self.conditions), (size,), generator=random)
-        condition = self.conditions[templates, self.labels[rows]]
-        dropped = torch.rand(size, 1, generator=random) < _DROP_PROMPT
-        return self.images[rows].float() / 127.5 - 1, condition.masked_fill(dropped, 0.0)
+        return self.images[rows].float() / 127.5 - 1, self._condition(rows, random)
+
+    def _condition(self, rows: Tensor, random: torch.Generator) -> Tensor:
+        """Conditions of drawings under random prompts."""
+        from ftfast.models.generator import conditions
+
+        templates = torch.randint(len(self.texts), (len(rows),), generator=random)
+        return conditions(self.texts[templates, self.labels[rows]], self.hands[rows])
 
     def _order(self, epoch: int) -> Tensor:
         random = torch.Generator().manual_seed(self.config.seed * 1_000_003 + 500_000_000 + epoch)
@@ -284,7 +291,7 @@ class _Run:
             state = torch.load(path, weights_only=True)
         except Exception as error:
             raise CheckpointError(f"{path}: damaged ({type(error).__name__}). Delete {self.folder}.") from error
-        ignored = ("threads", "compile", "save_every", "sheet_every", "overwrite", "out", "minutes", "steps")
+        ignored = ("threads", "compile", "save_every", "sheet_every", "overwrite", "out", "cpu_minutes", "steps")
         changed = [k for k, v in asdict(self.config).items() if k not in ignored and state["config"].get(k) != v]
         if changed:
             name = changed[0]
@@ -316,7 +323,8 @@ pipeline_tag: text-to-image
 
 A very small text-to-image diffusion model of 32-pixel drawings, for generative replay on the built-in data in seconds
 or minutes on a CPU. It is not useful for anything else. Made by
-`python -m ftfast.synth_training --out FOLDER --seed {seed}`: {steps:,} steps, {images:,} images, {minutes} minutes.
+`python -m ftfast.synth_training --out FOLDER --seed {seed}`: {steps:,} steps, {images:,} images, {minutes} minutes of
+processor time.
 
 ```python
 from ftfast.models.generator import TinyDiffusionPipeline
