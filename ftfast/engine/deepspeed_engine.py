@@ -165,7 +165,13 @@ class DeepSpeedEngine:
             deepspeed.zero.register_external_parameter(self.module, parameter)
 
     def _keep_heads_whole(self) -> None:
-        """Keep the heads' weights gathered between steps: losses read them outside any module's forward pass."""
+        """Keep the heads' weights gathered between steps: losses read them outside any module's forward pass.
+
+        DeepSpeed's hooks would let go of them after a head's own forward pass, before the next term reads them.
+        """
+        for module in self.module.heads.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
         persistent = self.inner.persistent_parameters
         heads: list[Any] = list(self.module.heads.parameters())  # DeepSpeed adds attributes to its parameters
         known = {id(parameter) for parameter in persistent}

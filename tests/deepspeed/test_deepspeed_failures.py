@@ -12,25 +12,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from together import assert_same_losses, assert_same_weights, run_alone, start_ranks
+from together import assert_same_losses, assert_same_weights, run_alone, short_run, start_ranks
 
 pytest.importorskip("deepspeed")
-
-
-def words(tiny_folder: Path, table: Path, out: Path, batch: int) -> list[str]:
-    """A run of six steps that saves at every second one."""
-    suite = out.parent / "suite.yaml"
-    suite.write_text(
-        "eval:\n  alphas: [1.0]\n  suites:\n"
-        f"    - {{name: kinds, task: image_retrieval, role: target, data: {{path: '{table}', split: val}}}}\n"
-        "log: {report_to: []}\n"
-    )
-    return [
-        "--recipe", "l2sp", "--config", str(suite), "--model", f"local-dir:{tiny_folder}", "--data", str(table),
-        "--data.split", "train", "--lr", "1e-5", "--max-steps", "6",
-        "--batch-size", str(batch), "--workers", "0", "--device", "cpu", "--checkpoint.every-steps", "2",
-        "--eval.selection", "last", "--optim.ema-decay", "0.5", "--out", str(out),
-    ]  # fmt: skip
 
 
 def test_killed_while_saving_then_resumed_with_two_processes_and_with_one(
@@ -38,8 +22,8 @@ def test_killed_while_saving_then_resumed_with_two_processes_and_with_one(
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     start = load_file(tiny_folder / "open_clip_model.safetensors")
-    run_alone(words(tiny_folder, class_table, whole, 8), tmp_path / "cache")
-    ranks = start_ranks([*words(tiny_folder, class_table, cut, 4), "--zero", "2"], tmp_path, dying=1)
+    run_alone(short_run(tiny_folder, class_table, whole, 8), tmp_path / "cache")
+    ranks = start_ranks([*short_run(tiny_folder, class_table, cut, 4), "--zero", "2"], tmp_path, dying=1)
     try:
         assert ranks[1].wait(timeout=240) == -signal.SIGKILL, (tmp_path / "rank1.log").read_text()[-4000:]
         killed = time.monotonic()

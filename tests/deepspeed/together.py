@@ -93,6 +93,22 @@ def assert_same_weights(folder: Path, expected: Path, start: Mapping[str, torch.
     assert apart <= share * moved, f"{folder.name}: {float(apart / moved):.1e} of the way"
 
 
+def short_run(tiny_folder: Path, table: Path, out: Path, batch: int, steps: int = 6) -> list[str]:
+    """Command line of a run that saves at every second step."""
+    suite = out.parent / "suite.yaml"
+    suite.write_text(
+        "eval:\n  alphas: [1.0]\n  suites:\n"
+        f"    - {{name: kinds, task: image_retrieval, role: target, data: {{path: '{table}', split: val}}}}\n"
+        "log: {report_to: []}\n"
+    )
+    return [
+        "--recipe", "l2sp", "--config", str(suite), "--model", f"local-dir:{tiny_folder}", "--data", str(table),
+        "--data.split", "train", "--lr", "1e-5", "--max-steps", str(steps),
+        "--batch-size", str(batch), "--workers", "0", "--device", "cpu", "--checkpoint.every-steps", "2",
+        "--eval.selection", "last", "--optim.ema-decay", "0.5", "--out", str(out),
+    ]  # fmt: skip
+
+
 KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 real, count = torch.save, [0]
