@@ -8,28 +8,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import environment, format_table, peak_memory, write_result
+from benchmarks.ranks import build_engine, in_processes, report
 from ftfast import memory_plan
-from ftfast.config.resolve import resolve
 from ftfast.engine.deepspeed_engine import DeepSpeedEngine
-from ftfast.engine.processes import Processes, free_port, join_processes, leave_processes
-from ftfast.engine.torch_engine import Engine, TorchEngine, TunedModel
+from ftfast.engine.processes import Processes, join_processes, leave_processes
+from ftfast.engine.torch_engine import Engine
 from ftfast.losses import ClipLoss
 from ftfast.models import LoadedModel
-from ftfast.weightspace import Anchor, ewc
+from ftfast.weightspace import ewc
 
 TOWER = {"context_length": 32, "vocab_size": 8192, "width": 256, "heads": 4, "layers": 4}
 MODELS: dict[str, dict[str, Any]] = {
@@ -97,13 +90,9 @@ def make_engine(name: str, zero: int | None, batch: int, precision: str, process
     """Build an engine with a random model and an EWC anchor on all weights."""
     loaded = random_model(name)
     parameters = list(loaded.model.named_parameters())
-    anchor: Anchor = ewc(parameters, {n: torch.ones_like(p) for n, p in parameters}, 1.0)
-    flags = ["--data", "x", "--batch-size", str(batch), "--precision", precision]
-    config = resolve(None, {}, (), [*flags, *(["--zero", str(zero)] if zero is not None else [])]).config
-    device, heads = torch.device("cpu"), torch.nn.ModuleDict()
-    if zero is None:
-        return TorchEngine(TunedModel(loaded.model, heads), config.optim, "fp32", anchor, device, processes)
-    return DeepSpeedEngine(loaded, heads, config, anchor=anchor, processes=processes, device=device)
+    anchor = ewc(parameters, {n: torch.ones_like(p) for n, p in parameters}, 1.0)
+    device = torch.device("cpu")
+    return build_engine(loaded, processes, device, zero=zero, batch=batch, precision=precision, anchor=anchor)
 
 
 def measure(name: str, zero: int | None, options: argparse.Namespace, processes: Processes) -> dict[str, Any]:
@@ -158,38 +147,6 @@ def measure(name: str, zero: int | None, options: argparse.Namespace, processes:
     }
 
 
-def in_processes(argv: Sequence[str], ranks: int, seconds: float = 900.0) -> list[list[dict[str, Any]]]:
-    """Measure in several processes.
-
-    Args:
-        argv: Options of this benchmark.
-        ranks: Number of processes.
-        seconds: Time after which they are given up.
-
-    Returns:
-        The rows of every process.
-
-    Raises:
-        RuntimeError: If one of them fails.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        port, running = str(free_port()), []
-        for rank in range(ranks):
-            known = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-            variables = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{k: str(v) for k, v in known.items()}}
-            command = [sys.executable, "-m", "benchmarks", "zero", *argv, "--child", folder]
-            running.append(subprocess.Popen(command, env=variables, cwd=Path(__file__).parents[1]))
-        end = time.monotonic() + seconds
-        try:
-            codes = [process.wait(timeout=max(1.0, end - time.monotonic())) for process in running]
-        finally:
-            for process in running:
-                process.kill()
-        if any(codes):
-            raise RuntimeError(f"the processes ended with exit codes {codes}")
-        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark and write ``results/zero_cpu.json``.
 
@@ -212,13 +169,13 @@ def main(argv: Sequence[str]) -> int:
     if options.child:
         processes = join_processes("cpu", 600.0, True)
         rows = [measure(name, zero, options, processes) for name in options.models for zero in options.zero]
-        Path(options.child, f"{processes.rank}.json").write_text(json.dumps(rows))
+        report(options.child, processes, rows)
         leave_processes()
         return 0
     table = [
         max(same, key=lambda row: row["states_mib"])
         for ranks in options.ranks
-        for same in zip(*in_processes(argv, ranks), strict=True)
+        for same in zip(*in_processes("zero", argv, ranks), strict=True)
     ]
     print(format_table(table, COLUMNS))
     if not options.smoke:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.zero import in_processes
+from benchmarks.ranks import in_processes
 from ftfast.cli.application import main
 from ftfast.errors import ConfigError
 from ftfast.memory_plan import Job, plan
