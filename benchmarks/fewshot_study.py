@@ -22,10 +22,10 @@ from ftfast.evaluation.fewshot import Record, base_to_new_table, select
 from ftfast.evaluation.fewshot_report import runs_of
 from ftfast.evaluation.results import write_atomically
 from ftfast.evaluation.upgrade_report import by_recipe
-from ftfast.fewshot import run_fewshot
-from ftfast.fewshot_settings import FewshotConfig
+from ftfast.fewshot.driver import run_fewshot
+from ftfast.fewshot.settings import FewshotConfig
 from ftfast.recipes import get_recipe
-from ftfast.tune import TuneConfig, run_tune
+from ftfast.tune.driver import TuneConfig, run_tune
 from ftfast.upgrade import UpgradeConfig, folders, run_upgrade
 
 RESULTS = Path(__file__).parent / "results"

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ftfast.config.resolve import resolve
 from ftfast.config.schema import SuiteConfig, TrainConfig
-from ftfast.continual_demo import SequenceDemo, run_sequence_demo
+from ftfast.continual.demo import SequenceDemo, run_sequence_demo
 from ftfast.engine.folder import environment
 from ftfast.engine.run import TrainResult, train
 from ftfast.errors import ConfigError

@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     for word in ("dry_run", "print_config"):
         if getattr(arguments, word):
             raise ConfigError(f"--{word.replace('_', '-')} is of 'ftfast train'. Use --check here.")
-    from ftfast.continual import ContinualConfig, run_continual
+    from ftfast.continual.driver import ContinualConfig, run_continual
 
     config = ContinualConfig(
         tasks=own.get("tasks", "builtin"),
@@ -126,8 +126,8 @@ def _choice(text: str) -> Any:
 def _check(config: Any) -> int:
     """Print what is there and what is not; exit code 2 if anything is missing."""
     from ftfast.config.tasks import read_tasks
-    from ftfast.continual import tasks_file, with_root
-    from ftfast.continual_checks import preparation
+    from ftfast.continual.checks import preparation
+    from ftfast.continual.driver import tasks_file, with_root
 
     file = with_root(read_tasks(tasks_file(config.tasks), order=config.order, steps=config.steps), config.data_root)
     reports = preparation(file.sequence)

@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
         if getattr(arguments, word):
             raise ConfigError(f"--{word.replace('_', '-')} is of 'ftfast train'. Use --check here.")
     from ftfast.evaluation.fewshot import PROTOCOLS
-    from ftfast.fewshot_settings import FewshotConfig
+    from ftfast.fewshot.settings import FewshotConfig
 
     protocol = own.get("protocol", "base-to-new")
     if protocol not in PROTOCOLS:
@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
     )
     if "check" in own:
         return _check(config)
-    from ftfast.fewshot import run_fewshot
+    from ftfast.fewshot.driver import run_fewshot
 
     result = run_fewshot(config)
     if arguments.json:
@@ -140,8 +140,8 @@ def _numbers(words: Sequence[str], flag: str) -> tuple[int, ...]:
 def _check(config: Any) -> int:
     """Print what is there and what is not; exit code 2 if anything is missing."""
     from ftfast.config.tasks import read_tasks
-    from ftfast.continual_checks import preparation
-    from ftfast.fewshot_settings import data_file, rooted
+    from ftfast.continual.checks import preparation
+    from ftfast.fewshot.settings import data_file, rooted
 
     reports = preparation(rooted(read_tasks(data_file(config.file)).sequence, config.data_root))
     for report in reports:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ftfast.cli import output
 from ftfast.cli.options import parse_options
-from ftfast.pretrain_settings import PretrainConfig
+from ftfast.pretrain.settings import PretrainConfig
 
 
 def run(argv: Sequence[str]) -> int:
@@ -19,7 +19,7 @@ def run(argv: Sequence[str]) -> int:
         Exit code.
     """
     config = parse_options(PretrainConfig, argv, "ftfast pretrain")
-    from ftfast.pretrain import pretrain
+    from ftfast.pretrain.training import pretrain
 
     output.emit(str(pretrain(config, output.note)))
     return 0

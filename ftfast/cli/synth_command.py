@@ -10,7 +10,7 @@ from typing import Any
 
 from ftfast.cli import output
 from ftfast.cli.options import parse_options
-from ftfast.synth_settings import SynthConfig
+from ftfast.synth.settings import SynthConfig
 
 _LINE_SECONDS = 10.0
 
@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
         Exit code.
     """
     config = parse_options(SynthConfig, argv, "ftfast synth")
-    from ftfast.synth import is_main_rank, synthesize
+    from ftfast.synth.generate import is_main_rank, synthesize
 
     with _Progress() as progress:
         result = synthesize(config, progress=progress)

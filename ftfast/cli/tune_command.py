@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
     for word in ("dry_run", "print_config"):
         if getattr(arguments, word):
             raise ConfigError(f"--{word.replace('_', '-')} is of 'ftfast train', not of 'ftfast tune'.")
-    from ftfast.tune import TuneConfig, run_tune
+    from ftfast.tune.driver import TuneConfig, run_tune
 
     files = arguments.files
     if "demo" in own:

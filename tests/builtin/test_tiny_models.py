@@ -12,8 +12,8 @@ import torch
 from ftfast.data.builtin import load_builtin
 from ftfast.errors import ConfigError, ModelError
 from ftfast.models.tiny import BUILTIN_MODELS, TEMPLATES, build_tiny, builtin_model_folder, save_tiny, tiny_config
-from ftfast.pretrain import PretrainConfig, encode_prompts, pretrain
-from ftfast.tiny_exam import EVALUATION_TEMPLATE
+from ftfast.pretrain.exam import EVALUATION_TEMPLATE
+from ftfast.pretrain.training import PretrainConfig, encode_prompts, pretrain
 
 PLAIN_OPEN_CLIP = """
 import json, sys

@@ -20,7 +20,7 @@ from rich.console import Console
 from ftfast.cli import guard
 from ftfast.cli.continual_command import run as command
 from ftfast.config.tasks import read_tasks
-from ftfast.continual import ContinualConfig, plan_sequence, run_continual, tasks_file
+from ftfast.continual.driver import ContinualConfig, plan_sequence, run_continual, tasks_file
 from ftfast.engine import tasks as engine_tasks
 from ftfast.errors import CheckpointError, ConfigError, DataError
 from ftfast.models.exporting import read_state

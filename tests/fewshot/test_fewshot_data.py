@@ -17,7 +17,7 @@ from ftfast.config.tasks import read_tasks
 from ftfast.data import ImageDataset, class_half, classes_short_of, few_shot, few_shot_validation, open_dataset
 from ftfast.data.coop_splits import COOP_SETS
 from ftfast.errors import DataError
-from ftfast.fewshot_settings import data_file
+from ftfast.fewshot.settings import data_file
 
 
 def side(labels: list[int], classes: int, offset: int) -> ImageDataset:

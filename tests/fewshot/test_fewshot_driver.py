@@ -14,7 +14,7 @@ from PIL import Image
 from ftfast.cli import main
 from ftfast.config.tasks import read_tasks
 from ftfast.demo import demo_settings
-from ftfast.fewshot_settings import FewshotConfig, cells, data_file
+from ftfast.fewshot.settings import FewshotConfig, cells, data_file
 from ftfast.models import load_model
 from ftfast.models.prompt_files import read_facts
 from ftfast.upgrade import moved_weights

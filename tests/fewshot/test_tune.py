@@ -23,8 +23,8 @@ from ftfast.data import ImageDataset, open_dataset
 from ftfast.errors import ConfigError, TrainingError
 from ftfast.evaluation.tune_report import Trial, front
 from ftfast.recipes import get_recipe
-from ftfast.tune import OBJECTIVES, validation_sides
-from ftfast.tune_space import as_flags, read_space
+from ftfast.tune.driver import OBJECTIVES, validation_sides
+from ftfast.tune.space import as_flags, read_space
 
 
 def settings_of(recipe: str, *flags: str) -> TrainConfig:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ftfast import synth_training
 from ftfast.config.schema import DataConfig
 from ftfast.data import open_dataset
 from ftfast.errors import CheckpointError, ConfigError
@@ -23,9 +22,10 @@ from ftfast.models.generator import (
     save_pipeline,
     unfold,
 )
-from ftfast.synth import synthesize
-from ftfast.synth_settings import SynthConfig
-from ftfast.synth_training import GeneratorConfig, train_generator, training_data
+from ftfast.synth import training as synth_training
+from ftfast.synth.generate import synthesize
+from ftfast.synth.settings import SynthConfig
+from ftfast.synth.training import GeneratorConfig, train_generator, training_data
 
 PROMPTS = ["a drawing of a red apple.", "a drawing of a cat.", "a drawing of a flag of France."]
 

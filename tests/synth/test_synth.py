@@ -25,9 +25,9 @@ from ftfast.cli import main
 from ftfast.config.schema import DataConfig
 from ftfast.data import open_dataset
 from ftfast.errors import ConfigError, DataError, MissingExtraError, ModelError
-from ftfast.synth import synthesize, task_pool
-from ftfast.synth_prompts import NameList, Prompt, draw, image_seed, prompt_pool, read_list, read_names
-from ftfast.synth_settings import SynthConfig
+from ftfast.synth.generate import synthesize, task_pool
+from ftfast.synth.prompts import NameList, Prompt, draw, image_seed, prompt_pool, read_list, read_names
+from ftfast.synth.settings import SynthConfig
 
 NAMES = ("cat", "dog", "red apple", "blue car", "tree")
 
@@ -236,7 +236,7 @@ def test_an_image_is_what_diffusers_makes_of_its_prompt_and_seed(config, diffusi
 
 
 def test_few_steps_use_dpm_solver_and_fifty_the_pipelines_own(config, diffusion):
-    from ftfast.synth_pipeline import load_generator
+    from ftfast.synth.pipeline import load_generator
 
     kinds = {}
     for steps in (0, 49, 50):
@@ -265,7 +265,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(config, tmp_path):
     killed = replace(whole, out=str(tmp_path / "killed"))
     # the second shard never comes to its end: the pipeline stops and waits to be killed
     code = (
-        "import sys, time; from ftfast import synth, synth_pipeline\n"
+        "import sys, time; from ftfast.synth import generate as synth, pipeline as synth_pipeline\n"
         "from ftfast.cli import main\n"
         "call = synth_pipeline.Generator.__call__\n"
         "made = []\n"

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,10 +23,10 @@ from PIL import Image
 from ftfast.data.prompts import resolve_templates
 from ftfast.errors import ConfigError, DataError
 from ftfast.evaluation.results import write_atomically
-from ftfast.synth_prompts import Prompt, draw, image_seed, prompt_pool, read_list
-from ftfast.synth_settings import SynthConfig
-from ftfast.synth_shards import Pair, encode, read_shard, remove_leftovers, shard_name, write_shard, write_table
-from ftfast.synth_sources import Generated, Item, Source, current_names, existing_pairs
+from ftfast.synth.prompts import Prompt, draw, image_seed, prompt_pool, read_list
+from ftfast.synth.settings import SynthConfig
+from ftfast.synth.shards import Pair, encode, read_shard, remove_leftovers, shard_name, write_shard, write_table
+from ftfast.synth.sources import Generated, Item, Source, current_names, existing_pairs
 
 SETTINGS_NAME = "synth.json"
 _NOT_CONTENT = {"out", "overwrite", "device", "retries", "offline", "table"}
@@ -290,22 +289,3 @@ def describe_pool(pool: Sequence[Prompt]) -> str:
 def is_main_rank() -> bool:
     """Whether this process speaks for all ranks."""
     return _ranks()[0] == 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run as a script, so that ``torchrun -m ftfast.synth`` starts one process per GPU.
-
-    Args:
-        argv: Arguments; by default those of the process.
-
-    Returns:
-        Exit code.
-    """
-    from ftfast.cli.guard import run
-    from ftfast.cli.synth_command import run as command
-
-    return run(command, sys.argv[1:] if argv is None else argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -28,8 +28,8 @@ from ftfast.errors import ConfigError, TrainingError
 from ftfast.kernels import clip_loss
 from ftfast.models.exporting import read_state
 from ftfast.models.tiny import BUILTIN_MODELS, IMAGE_SIZE, TEMPLATES, build_tiny, builtin_model_folder, save_tiny
-from ftfast.pretrain_settings import AUGMENTATION, EPOCHS, TEXT_FROM, PretrainConfig
-from ftfast.tiny_exam import FEW_CLASSES, card_text, evaluate_tiny, measure, own_exam
+from ftfast.pretrain.exam import FEW_CLASSES, card_text, evaluate_tiny, measure, own_exam
+from ftfast.pretrain.settings import AUGMENTATION, EPOCHS, TEXT_FROM, PretrainConfig
 
 _BETAS = (0.9, 0.98)
 _MAX_LOGIT_SCALE = 100.0

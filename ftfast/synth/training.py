@@ -1,4 +1,4 @@
-"""Train the built-in generator: ``python -m ftfast.synth_training --out FOLDER``.
+"""Train the built-in generator: ``python -m ftfast.synth.training --out FOLDER``.
 
 Data: the drawings of "pairs/train" at 32 pixels, each under a random prompt with its name. The held-out hand of every
 thing, which all tests of the built-in set use, and all people are left out. A stopped run goes on when the same
@@ -323,7 +323,7 @@ pipeline_tag: text-to-image
 
 A very small text-to-image diffusion model of 32-pixel drawings, for generative replay on the built-in data in seconds
 or minutes on a CPU. It is not useful for anything else. Made by
-`python -m ftfast.synth_training --out FOLDER --seed {seed}`: {steps:,} steps, {images:,} images, {minutes} minutes of
+`python -m ftfast.synth.training --out FOLDER --seed {seed}`: {steps:,} steps, {images:,} images, {minutes} minutes of
 processor time.
 
 ```python
@@ -358,7 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command(arguments: Sequence[str]) -> int:
         """Read the settings and train."""
-        print(train_generator(parse_options(GeneratorConfig, arguments, "python -m ftfast.synth_training")))
+        print(train_generator(parse_options(GeneratorConfig, arguments, "python -m ftfast.synth.training")))
         return 0
 
     return run(command, sys.argv[1:] if argv is None else argv)

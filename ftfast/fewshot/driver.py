@@ -17,7 +17,7 @@ from rich.console import Console
 from ftfast.config.resolve import resolve, to_yaml
 from ftfast.config.schema import CheckpointConfig, EvalConfig, LogConfig, SuiteConfig, TrainConfig
 from ftfast.config.tasks import TaskFile, read_tasks
-from ftfast.continual_checks import check_tasks
+from ftfast.continual.checks import check_tasks
 from ftfast.data import ImageDataset, classes_short_of, open_dataset
 from ftfast.engine.assembly import Run, choose_device
 from ftfast.engine.folder import changed_settings, environment
@@ -28,7 +28,7 @@ from ftfast.evaluation import PixelCache, evaluate, main_metric
 from ftfast.evaluation.fewshot import Record, as_dict
 from ftfast.evaluation.fewshot_report import ReportHead, text_tables, write_fewshot_report
 from ftfast.evaluation.results import write_atomically
-from ftfast.fewshot_settings import Cell, FewshotConfig, cells, data_file, rooted
+from ftfast.fewshot.settings import Cell, FewshotConfig, cells, data_file, rooted
 from ftfast.models import load_model, save_open_clip_folder
 from ftfast.recipes import History, get_recipe
 

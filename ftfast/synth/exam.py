@@ -1,4 +1,4 @@
-"""How well generated drawings fit their prompts: ``python -m ftfast.synth_exam FOLDER`` (from ``ftfast synth``).
+"""How well generated drawings fit their prompts: ``python -m ftfast.synth.exam FOLDER`` (from ``ftfast synth``).
 
 Two tiny CLIPs judge: v1, whose text tower the generator reads prompts with, and v2, which the generator has never met.
 Real drawings of the same names stand beside them: those the generator was trained on, and the held-out hand. "Copies"
@@ -22,7 +22,7 @@ from torch import Tensor
 from ftfast.data.builtin import load_builtin
 from ftfast.errors import DataError
 from ftfast.models.tiny import BUILTIN_MODELS, builtin_model_folder
-from ftfast.tiny_exam import EVALUATION_TEMPLATE
+from ftfast.pretrain.exam import EVALUATION_TEMPLATE
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _generated(folder: str, names: Sequence[str]) -> tuple[list[Image.Image], Te
         return [split.load_image(row) for row in range(len(split))], torch.from_numpy(split.labels)
     from ftfast.config.schema import DataConfig
     from ftfast.data import open_dataset
-    from ftfast.synth_shards import read_shard
+    from ftfast.synth.shards import read_shard
 
     dataset = open_dataset(DataConfig(path=folder))
     shown = [pair.class_name for path in sorted(Path(folder).glob("*.tar")) for pair in read_shard(path)]
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command(arguments: Sequence[str]) -> int:
         """Measure one folder."""
         if len(arguments) != 1:
-            raise ConfigError('python -m ftfast.synth_exam takes one folder of ftfast synth, or "builtin:synthetic".')
+            raise ConfigError('python -m ftfast.synth.exam takes one folder of ftfast synth, or "builtin:synthetic".')
         found, copies = examine(arguments[0])
         header = ("judge", "images", "score", "shuffled", "top-1", "top-5")
         output.emit(output.table(header, [tuple(asdict(one).values()) for one in found]))

@@ -27,7 +27,7 @@ from ftfast.evaluation import PixelCache, Results, main_metric
 from ftfast.evaluation.results import write_atomically
 from ftfast.evaluation.tune_report import Trial, tell, write_tune_report
 from ftfast.recipes import History, Recipe, get_recipe
-from ftfast.tune_space import Range, as_flags, read_space, space_file
+from ftfast.tune.space import Range, as_flags, read_space, space_file
 
 Objective = Literal["mean", "harmonic", "worst", "target", "generic"]
 OBJECTIVES: dict[str, Callable[[float, float], float]] = {

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ftfast.errors import ConfigError, MissingExtraError, ModelError, TrainingError
-from ftfast.synth_settings import SynthConfig
+from ftfast.synth.settings import SynthConfig
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _FAST_STEPS = 50
@@ -41,7 +41,7 @@ def resolve_pipeline(name: str) -> str:
 
         if not (generator_folder() / "model_index.json").is_file():
             raise ModelError(
-                f"'{_TINY}' has no weights in this installation. Train them with: python -m ftfast.synth_training "
+                f"'{_TINY}' has no weights in this installation. Train them with: python -m ftfast.synth.training "
                 "--out FOLDER, and give --pipeline FOLDER."
             )
         return str(generator_folder())

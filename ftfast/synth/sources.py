@@ -11,8 +11,8 @@ from PIL import Image
 from ftfast.config.schema import DataConfig
 from ftfast.data.images import BadImageError
 from ftfast.errors import ConfigError, DataError
-from ftfast.synth_prompts import Prompt, image_seed, read_names, without_classes
-from ftfast.synth_settings import SynthConfig
+from ftfast.synth.prompts import Prompt, image_seed, read_names, without_classes
+from ftfast.synth.settings import SynthConfig
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Generated:
     """
 
     def __init__(self, config: SynthConfig, pipeline: Any) -> None:
-        from ftfast.synth_pipeline import resolve_pipeline
+        from ftfast.synth.pipeline import resolve_pipeline
 
         self.config, self.pipeline = config, pipeline
         self.where = "" if pipeline is not None else resolve_pipeline(config.pipeline)
@@ -57,14 +57,14 @@ class Generated:
 
     def identity(self) -> str:
         """What a resumed run must agree on."""
-        from ftfast.synth_pipeline import pipeline_identity
+        from ftfast.synth.pipeline import pipeline_identity
 
         return type(self.pipeline).__name__ if self.pipeline is not None else pipeline_identity(self.where)
 
     def __call__(self, items: Sequence[Item], attempt: int) -> list[Image.Image | None]:
         """Return an image per item; None for an all-black one."""
         if self._generator is None:
-            from ftfast.synth_pipeline import Generator, load_generator
+            from ftfast.synth.pipeline import Generator, load_generator
 
             if self.pipeline is not None:
                 self._generator = Generator(self.pipeline, self.config)

@@ -19,8 +19,8 @@ from ftfast.config.resolve import resolve, to_yaml
 from ftfast.config.schema import DataConfig, EvalConfig, SuiteConfig, TrainConfig
 from ftfast.config.tasks import TaskConfig, TaskFile, read_tasks
 from ftfast.config.yaml_io import Source, load_nodes
-from ftfast.continual_checks import check_tasks
-from ftfast.continual_folder import SequenceFolder
+from ftfast.continual.checks import check_tasks
+from ftfast.continual.folder import SequenceFolder
 from ftfast.engine.assembly import choose_device
 from ftfast.engine.folder import environment
 from ftfast.engine.tasks import history_after, run_task, writing
@@ -32,7 +32,7 @@ from ftfast.models import load_model
 from ftfast.models.exporting import read_state
 from ftfast.recipes import History, get_recipe
 
-PRESETS = Path(__file__).parent / "recipes" / "presets"
+PRESETS = Path(__file__).parents[1] / "recipes" / "presets"
 SEEN = "classes seen so far"
 
 

@@ -1,4 +1,4 @@
-"""Pack drawings of the built-in generator as "builtin:synthetic": ``python -m ftfast.synth_pack FOLDER``.
+"""Pack drawings of the built-in generator as "builtin:synthetic": ``python -m ftfast.synth.pack FOLDER``.
 
 The folder is made by the command that ``docs/synth.md`` gives; the packed picture lies in ``ftfast/data/builtin``.
 """
@@ -66,9 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         """Pack one folder."""
         if len(arguments) not in (1, 2):
             raise ConfigError(
-                "python -m ftfast.synth_pack takes a folder of ftfast synth, and perhaps a target folder."
+                "python -m ftfast.synth.pack takes a folder of ftfast synth, and perhaps a target folder."
             )
-        default = Path(__file__).parent / "data" / "builtin"
+        default = Path(__file__).parents[1] / "data" / "builtin"
         for path in pack(Path(arguments[0]), Path(arguments[1]) if len(arguments) == 2 else default):
             print(f"{path}: {path.stat().st_size:,} bytes")
         return 0

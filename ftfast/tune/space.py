@@ -17,7 +17,7 @@ from ftfast.config.yaml_io import load_nodes
 from ftfast.errors import ConfigError
 from ftfast.recipes import Recipe
 
-PRESETS = Path(__file__).parent / "recipes" / "presets" / "tune"
+PRESETS = Path(__file__).parents[1] / "recipes" / "presets" / "tune"
 _FORM = "Write {low: 1e-4, high: 1e-2, log: true}, {times: 10} (around the default) or {choices: [a, b]}."
 
 

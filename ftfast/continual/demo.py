@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ftfast.continual import ContinualConfig, run_continual
-from ftfast.continual_folder import IDENTITY
+from ftfast.continual.driver import ContinualConfig, run_continual
+from ftfast.continual.folder import IDENTITY
 from ftfast.engine.folder import environment
 from ftfast.evaluation.continual import SequenceMatrix
 from ftfast.evaluation.continual_report import (

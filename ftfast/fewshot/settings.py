@@ -13,7 +13,7 @@ from ftfast.config.tasks import SequenceConfig, TaskConfig
 from ftfast.errors import ConfigError
 from ftfast.evaluation.fewshot import Protocol
 
-PRESETS = Path(__file__).parent / "recipes" / "presets" / "fewshot"
+PRESETS = Path(__file__).parents[1] / "recipes" / "presets" / "fewshot"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Learn tasks one after the other: ``ftfast continual``."""

@@ -1,0 +1,1 @@
+"""Few-shot protocols over many data sets: ``ftfast fewshot``."""
