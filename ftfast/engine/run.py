@@ -298,7 +298,7 @@ def finish(run: Run, trainer: Trainer, result: TrainResult, console: Console) ->
 
 @torch.no_grad()
 def check_reload(run: Run, folder: Path) -> None:
-    """Load the written folder afresh and compare one forward pass with the model in memory.
+    """Load the written folder afresh and compare one forward pass of both towers with the model in memory.
 
     Raises:
         ModelError: If the embeddings differ by more than 1e-5.
@@ -309,11 +309,14 @@ def check_reload(run: Run, folder: Path) -> None:
     again = load_model(local, run.device)
     size = run.loaded.image_size
     image = torch.linspace(-1, 1, 3 * size * size, device=run.device).reshape(1, 3, size, size)
+    tokens = again.tokenizer(["a photo of a cat."]).to(run.device)
     run.loaded.model.eval()
-    gap = (
-        (again.model.encode_image(image, normalize=True) - run.loaded.model.encode_image(image, normalize=True))
-        .abs()
-        .max()
+    gap = max(
+        float((encode(again.model) - encode(run.loaded.model)).abs().max())
+        for encode in (
+            lambda model: model.encode_image(image, normalize=True),
+            lambda model: model.encode_text(tokens, normalize=True),
+        )
     )
     if not gap <= 1e-5:
         raise ModelError(

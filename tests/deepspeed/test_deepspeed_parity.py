@@ -9,10 +9,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file
 from together import assert_same_losses, assert_same_weights, final_weights, logged, run_alone, run_together
 
 from ftfast.config.schema import ModelConfig
 from ftfast.models import load_model
+from ftfast.models.tiny import builtin_model_folder
 
 pytest.importorskip("deepspeed")
 
@@ -75,12 +77,23 @@ def test_losses_and_weights_are_those_of_one_process(runs: Path, name: str) -> N
     assert_same_weights(runs / name, runs / recipe, start)
 
 
-def test_consolidated_folder_is_plain_open_clip(runs: Path) -> None:
-    folder = runs / "infusing-zero3" / "final"
-    model = open_clip.create_model(f"local-dir:{folder}")
-    weights = final_weights(runs / "infusing-zero3")
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("-plain")])
+def test_consolidated_folder_in_plain_open_clip_embeds_as_the_divided_model(runs: Path, name: str) -> None:
+    folder = runs / name / "final"
+    model = open_clip.create_model(f"local-dir:{folder}").eval()
+    weights = final_weights(runs / name)
     assert weights["logit_scale"].shape == ()
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    known = load_file(runs / name / "embeddings.safetensors")
+    with torch.no_grad():
+        found = model.encode_image(known["images"], normalize=True)
+    start = open_clip.create_model(f"local-dir:{builtin_model_folder('tiny-clip-v1')}").eval()
+    with torch.no_grad():
+        before = start.encode_image(known["images"], normalize=True)
+    ensembled = name.startswith("cite")  # CLIP-CITE ends with the mean of start and tuned weights
+    if not ensembled:
+        assert (found - known["features"]).abs().max() <= 1e-5
+    assert (before - known["features"]).abs().max() > 1e-4
 
 
 def test_only_the_first_process_writes_and_prints(runs: Path) -> None:
