@@ -31,6 +31,7 @@ from ftfast.upgrade import UpgradeConfig, folders, run_upgrade
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
 SETS = ("animals", "food", "objects", "smileys", "symbols", "travel")
+"""Groups that no setting was chosen on; learning rates and steps come from activities and flags."""
 UPGRADE_SETS = ("smileys", "travel")
 """Learning rates of prompts were chosen on the other groups (animals, food, objects)."""
 ABLATION = {
