@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,13 +57,23 @@ MODELS: dict[str, dict[str, Any]] = {
 COLUMNS = ["model", "ranks", "zero", "states_mib", "share", "planned_states", "peak_mib", "planned_peak", "ratio"]
 
 
-def random_model(name: str) -> LoadedModel:
-    """Build a model with random weights, the same in every process."""
+def random_model(name: str, folder: str = "") -> LoadedModel:
+    """Build a model with random weights, the same in every process.
+
+    Args:
+        name: One of ``MODELS``.
+        folder: Where the processes of one machine share the weights as one mapped file; empty: weights of its own.
+    """
     from open_clip.model import CLIP
 
     torch.manual_seed(0)
     settings = MODELS[name]
     model = CLIP(**copy.deepcopy(settings))
+    if folder:
+        file = Path(folder, f"{name}.pt")
+        if not file.is_file():
+            torch.save(model.state_dict(), file)
+        model.load_state_dict(torch.load(file, mmap=True, weights_only=True), assign=True)
     preprocess = {"size": settings["vision_cfg"]["image_size"]}
     return LoadedModel(model, lambda x: x, lambda x: x, lambda x: torch.zeros(1), settings, preprocess, name)
 
@@ -86,11 +97,13 @@ def state_tensors(engine: Engine) -> list[Tensor]:
     return found
 
 
-def make_engine(name: str, zero: int | None, batch: int, precision: str, processes: Processes) -> Engine:
-    """Build an engine with a random model and an EWC anchor on all weights."""
-    loaded = random_model(name)
+def make_engine(loaded: LoadedModel, zero: int | None, batch: int, precision: str, processes: Processes) -> Engine:
+    """Build an engine with an EWC anchor on all weights."""
     parameters = list(loaded.model.named_parameters())
-    anchor = ewc(parameters, {n: torch.ones_like(p) for n, p in parameters}, 1.0)
+    importance = {n: torch.ones(()).expand(p.shape) for n, p in parameters}  # takes no memory until it is divided
+    # ZeRO cuts the anchor to its shards before the first step, so it may look at the start weights themselves.
+    start = None if zero in (None, 0) else {n: p.detach() for n, p in parameters}
+    anchor = ewc(parameters, importance, 1.0, start)
     device = torch.device("cpu")
     return build_engine(loaded, processes, device, zero=zero, batch=batch, precision=precision, anchor=anchor)
 
@@ -107,7 +120,9 @@ def measure(name: str, zero: int | None, options: argparse.Namespace, processes:
     Returns:
         A row of the table.
     """
-    engine = make_engine(name, zero, options.batch, options.precision, processes)
+    loaded = processes.in_turn(lambda: random_model(name, options.child))
+    count = sum(parameter.numel() for parameter in loaded.model.parameters())
+    engine = make_engine(loaded, zero, options.batch, options.precision, processes)
     optimizer: Any = engine.optimizer  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
         for tensor in group["params"] if not isinstance(engine, DeepSpeedEngine) else engine.shards.tensors:
@@ -133,7 +148,7 @@ def measure(name: str, zero: int | None, options: argparse.Namespace, processes:
     )  # fmt: skip
     planned = memory_plan.plan(job, settings)
     width = 2 if options.precision.startswith("pure_") else 4
-    whole = sum(t.numel() for t in random_model(name).model.parameters()) * (width + 4 * (width == 2) + 16)
+    whole = count * (width + 4 * (width == 2) + 16)
     return {
         "model": name,
         "ranks": processes.world_size,
