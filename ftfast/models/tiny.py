@@ -2,8 +2,8 @@
 
 They are real CLIPs, pretrained on drawings by ``ftfast pretrain``, small enough to be part of the package. Both share
 the tokenizer (open_clip's own, so no tokenizer files are needed) and the width of the text tower; v2's image tower is
-deeper, its text tower trained on from v1's. The text tower is narrow because the tokenizer has 49,408 tokens, of which
-the drawings' names use 1,769. Weights are stored in float16 and computed in float32.
+deeper. The text tower is narrow because the tokenizer has 49,408 tokens, of which the drawings' names use 1,769.
+Weights are stored in float16 and computed in float32.
 """
 
 from __future__ import annotations

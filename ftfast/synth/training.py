@@ -37,7 +37,7 @@ class GeneratorConfig:
     """Folder to write: a diffusers pipeline. Checkpoints and sample sheets lie in FOLDER.partial until it is done."""
     steps: int = 8000
     """Optimizer steps."""
-    cpu_minutes: float = 100.0
+    cpu_minutes: float = 41.0
     """Most processor time, summed over threads; the learning rate reaches zero then, or after the last step."""
     batch_size: int = 64
     """Images per step."""
