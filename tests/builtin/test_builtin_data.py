@@ -96,7 +96,18 @@ def test_every_split_is_consistent(name):
     assert len(split) == len(split.labels) == len(split.texts) == len(split.styles) > 0
     assert split.labels.dtype == np.int64
     assert 0 <= split.labels.min() <= split.labels.max() < len(split.class_names)
-    assert split.texts == [split.class_names[label] for label in split.labels]
+    prompt = "a drawing of a {}." if name.startswith("synthetic") else "{}"
+    assert split.texts == [prompt.format(split.class_names[label]) for label in split.labels]
+
+
+def test_generated_drawings_stand_once_for_each_name_and_leave_out_a_task():
+    every, train = load_builtin("synthetic"), load_builtin("pairs/train")
+    assert sorted(every.labels) == list(range(len(train.class_names)))
+    assert every.images.shape == (1490, 32, 32, 3)
+    barred = set(load_builtin("tasks/food/train").class_names)
+    rest = load_builtin("synthetic/food")
+    assert len(rest) == len(every) - len(barred)
+    assert not barred & {rest.class_names[label] for label in rest.labels}
 
 
 def test_images_are_drawings_on_white():

@@ -40,8 +40,10 @@ BUILTIN_SPLITS: tuple[str, ...] = (
     "generic/gallery",
     *(f"tasks/{task}/{side}" for task in TASKS for side in ("train", "test")),
     "all",
+    "synthetic",
+    *(f"synthetic/{task}" for task in TASKS),
 )
-"""Every name that ``load_builtin`` knows."""
+"""Every name that ``load_builtin`` knows; "synthetic/TASK" leaves the classes of that task out."""
 
 
 @dataclass(frozen=True)
