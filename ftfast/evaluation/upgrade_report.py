@@ -147,7 +147,8 @@ def write_upgrade_report(folder: Path, moves: Sequence[Move], *, to: str, extra:
 
 def _plot(moves: Sequence[Move]) -> Plot:
     table = by_recipe(moves)
-    shown = ("own", "moved", "zero_shot", "retrained")
+    every = ("own", "moved", "zero_shot", "retrained")
+    shown = [name for name in every if not all(math.isnan(cells[name].mean) for cells in table.values())]
     lines = [
         (recipe, COLUMNS[name], 100 * cells[name].mean, 100 * cells[name].spread)
         for recipe, cells in table.items()
@@ -164,7 +165,7 @@ def _plot(moves: Sequence[Move]) -> Plot:
             chosen = [(number, cells[name]) for number, cells in enumerate(table.values())]
             chosen = [(number, cell) for number, cell in chosen if not math.isnan(cell.mean)]
             axes.bar(
-                [number + 0.2 * (place - 1.5) for number, _ in chosen],
+                [number + 0.2 * (place - (len(shown) - 1) / 2) for number, _ in chosen],
                 [100 * cell.mean for _, cell in chosen],
                 0.18,
                 yerr=[100 * cell.spread for _, cell in chosen],
