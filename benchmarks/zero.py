@@ -163,7 +163,7 @@ def measure(name: str, zero: int | None, options: argparse.Namespace, processes:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the benchmark and write ``results/zero_cpu.json``.
+    """Run the benchmark and write ``results/NAME_cpu.json``.
 
     Args:
         argv: Command-line options.
@@ -178,6 +178,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--batch", type=int, default=32, help="pairs per process")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "pure_bf16"], help="train.precision")
     parser.add_argument("--no-steps", dest="steps", action="store_false", help="measure states, take no step")
+    parser.add_argument("--name", default="zero", help="name of the record")
     parser.add_argument("--smoke", action="store_true", help="nothing is written")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -194,5 +195,5 @@ def main(argv: Sequence[str]) -> int:
     ]
     print(format_table(table, COLUMNS))
     if not options.smoke:
-        print(write_result("zero", {"rows": table, "environment": environment("cpu")}))
+        print(write_result(options.name, {"rows": table, "environment": environment("cpu")}))
     return 0
