@@ -117,7 +117,7 @@ def upgrade(work: Path) -> dict[str, Any]:
             seeds=SEEDS,
             out=str(out / "v1"),
             resume=True,
-            overrides=PRECISION,
+            overrides=(*PRECISION, "--max-steps", "100"),
         )
     )
     moved = run_upgrade(UpgradeConfig(sources=folders([str(out / "v1")]), to="tiny-clip-v2", out=str(out / "v2")))
