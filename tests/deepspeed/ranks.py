@@ -33,7 +33,7 @@ def keep_embeddings(folder: Path) -> None:
 
     @torch.no_grad()
     def full_weights(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-        size = engine.plain.visual.image_size
+        size = engine.module.clip.visual.image_size
         height, width = (size, size) if isinstance(size, int) else size
         images = torch.linspace(-1, 1, 2 * 3 * height * width).reshape(2, 3, height, width)
         features, _, _ = engine.forward(images, None)
