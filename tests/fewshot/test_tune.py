@@ -172,7 +172,7 @@ def test_a_trial_that_diverges_is_the_worst_and_the_search_goes_on(
         calls.append(args)
         raise TrainingError("step 1: term 'x' is nan")
 
-    monkeypatch.setattr("ftfast.tune.fit_task", explode)
+    monkeypatch.setattr("ftfast.tune.driver.fit_task", explode)
     out = tmp_path / "tune"
     assert main(["tune", "finetune", *flags(class_table, tiny_folder, out)]) == 0
     assert len(calls) == 3
