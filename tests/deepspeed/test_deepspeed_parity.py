@@ -28,7 +28,7 @@ log: {{report_to: []}}
 INFUSING = ["--recipe", "infusing", "--data", "builtin:target/train", "--generic", "builtin:pairs/train"]
 GIFT = ["--recipe", "gift", "--data", "builtin:target/train", "--generic", "builtin:pairs/train", "--lr", "1e-4"]
 FLYP = ["--recipe", "flyp", "--data", "builtin:pairs/train", "--lr", "1e-4"]
-# Without the larger eps, Adam moves weights whose gradient is rounding at full rate, and half of that is the limit below.
+# A larger eps: Adam moves weights whose gradient is only rounding at full rate, in a direction of its own.
 CITE = ["--recipe", "clip-cite", "--data", "builtin:target/train", "--lr", "1e-4", "--optim.eps", "1e-6"]
 STEPS = int(os.environ.get("FTFAST_PARITY_STEPS", "0"))
 """Steps of every case instead of the few below: FTFAST_PARITY_STEPS=20 is the long form of this test."""
