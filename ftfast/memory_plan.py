@@ -225,7 +225,8 @@ def meta_model(settings: dict[str, Any]) -> Any:
     arguments = json.loads(json.dumps(settings))
     custom = arguments.pop("custom_text", False) or "hf_model_name" in arguments.get("text_cfg", {})
     with torch.device("meta"):
-        return (CustomTextCLIP if custom else CLIP)(**arguments)
+        model = (CustomTextCLIP if custom else CLIP)(**arguments)
+    return model.to("meta")  # what a replaced initializer of another library put elsewhere
 
 
 def activations(
