@@ -53,8 +53,8 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 """Row -> recipe and flags. ZSCL and GIFT see the same real drawings; the last row replays generated ones."""
 PRECISION = ("--precision", "amp_bf16")
 """Half the time on processors with bfloat16 arithmetic; the same for every method."""
-COMPARED = ("finetune", "lwf", "ewc-online", "zscl", "gift")
 PEERS = ("finetune", "lwf", "ewc-online", "zscl")
+COMPARED = (*PEERS, "gift")
 TUNING_ORDER = "activities,smileys,symbols,travel"
 GRIDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "finetune": ((),),
@@ -84,11 +84,9 @@ class Piece:
 
 
 def study_pieces() -> list[Piece]:
-    """Every sequence of the study; whole seeds first, so that a part of it is a smaller study."""
-    real = [
-        Piece(method, order, seed) for seed in SEEDS for order in ORDERS for method in METHODS if method in COMPARED
-    ]
-    return real + [Piece(m, order, seed) for seed in SEEDS for order in ORDERS for m in METHODS if m not in COMPARED]
+    """Every sequence, compared methods and whole seeds first: a part of the study is a smaller study."""
+    pieces = [Piece(method, order, seed) for seed in SEEDS for order in ORDERS for method in METHODS]
+    return sorted(pieces, key=lambda piece: piece.method not in COMPARED)
 
 
 def tuning_pieces() -> list[Piece]:

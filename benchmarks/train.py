@@ -59,10 +59,12 @@ class Step:
         engine = self.engine
 
         def communicate(_: Any) -> None:
+            """Average the gradients; DeepSpeed has done so in its backward pass."""
             if isinstance(engine, TorchEngine):
                 engine.processes.average_gradients([p for group in engine.groups for p in group["params"]])
 
         def optimize(_: Any) -> None:
+            """Take the optimizer's step alone."""
             together = engine.processes
             if isinstance(engine, TorchEngine):
                 engine.processes = Processes()  # gradients are averaged already
