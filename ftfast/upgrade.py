@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,8 @@ from ftfast.evaluation import PixelCache, Suite, evaluate, main_metric, open_sui
 from ftfast.evaluation.results import write_atomically
 from ftfast.evaluation.upgrade_report import Move, text_table, write_upgrade_report
 from ftfast.models import LoadedModel, load_model
-from ftfast.models.exporting import read_state
-from ftfast.models.prompt_files import FACTS, load_prompt, read_facts, transplant_problems
+from ftfast.models.exporting import WEIGHTS_NAME, read_state
+from ftfast.models.prompt_files import FACTS, WEIGHTS, load_prompt, prompt_folder, read_facts, transplant_problems
 from ftfast.recipes import History, get_recipe
 
 
@@ -123,12 +124,13 @@ def run_upgrade(config: UpgradeConfig, console: Console | None = None) -> Upgrad
         require_movable(origin, new, device)
     out = Path(config.out or f"runs/upgrade_to_{Path(config.to).name}")
     bench, moves = Bench(new, device), []
+    known = _known(out / "moves", config)
     for number, origin in enumerate(origins):
         console.rule(f"{number + 1} of {len(origins)}: {origin.folder}")
-        kept = out / "moves" / f"{number:02d}.json"
-        move = _known(kept, origin, config)
+        key = _key(origin)
+        kept, move = out / "moves" / f"{key}.json", known.get(key)
         if move is None:
-            move = _move(origin, bench, config, out / "retrained" / f"{number:02d}", console)
+            move = _move(origin, bench, config, out / "retrained" / key, console)
             text = json.dumps(dataclasses.asdict(move), indent=2) + "\n"
             writing(out, functools.partial(write_atomically, kept, text))
         moves.append(move)
@@ -222,16 +224,26 @@ def moved_weights(
     return moved, sum(new[name].numel() for name in shared) / max(count, 1)
 
 
-def _known(path: Path, origin: Origin, config: UpgradeConfig) -> Move | None:
-    """Read a measurement of the same source and model."""
-    if not path.is_file():
-        return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if (values["source"], values["to"]) != (str(origin.folder), config.to) or config.retrain != bool(
-        values["retrained"]
-    ):
-        raise ConfigError(f"{path} holds another move ({values['source']} to {values['to']}). Choose another --out.")
-    return Move(**values)
+def _key(origin: Origin) -> str:
+    """Name of a measurement: the source's folder and what it held."""
+    path = prompt_folder(origin.folder) / WEIGHTS if origin.is_prompt else origin.folder / FINAL / WEIGHTS_NAME
+    digest = hashlib.sha256(str(origin.folder.resolve()).encode())
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"{origin.folder.resolve().name}_{digest.hexdigest()[:10]}"
+
+
+def _known(folder: Path, config: UpgradeConfig) -> dict[str, Move]:
+    """Read the measurements that an earlier call kept, by key; refuse those of another question."""
+    moves = {path.stem: Move(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))}
+    for key, move in moves.items():
+        if move.to != config.to or config.retrain != bool(move.retrained):
+            raise ConfigError(
+                f"{folder / key}.json holds another move ({move.source} to {move.to}, "
+                f"{'re' if move.retrained else 'not re'}trained). Choose another --out."
+            )
+    return moves
 
 
 def _move(origin: Origin, bench: Bench, config: UpgradeConfig, work: Path, console: Console) -> Move:

@@ -36,6 +36,8 @@ class ModelConfig:
     """Recompute activations in the backward pass to save memory."""
     attention: Literal["sdpa", "xformers", "native"] = "sdpa"
     """PyTorch's fused attention, xformers' (its release must match the installed PyTorch), or plain products."""
+    channels_last: bool = False
+    """Give the image tower pixels in channels-last order; convolutional towers are faster with them."""
     compile_image: bool = False
     """Compile the image tower with torch.compile."""
     compile_text: bool = False

@@ -1,4 +1,4 @@
-"""Who computes attention, and which towers are compiled."""
+"""Who computes attention, in which order pixels are, and which towers are compiled."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def apply_speedups(model: Any, config: ModelConfig) -> None:
-    """Choose the attention of an open_clip model and compile its towers, in place.
+    """Choose the attention and the pixels' order of an open_clip model and compile its towers, in place.
 
     State dicts keep their names. Copies of a compiled model are not compiled.
 
     Args:
         model: open_clip model.
-        config: ``attention``, ``compile_image`` and ``compile_text``.
+        config: ``attention``, ``channels_last``, ``compile_image`` and ``compile_text``.
 
     Raises:
         ConfigError: If the model has no attention that can be replaced, or xformers does not fit.
@@ -38,11 +38,18 @@ def apply_speedups(model: Any, config: ModelConfig) -> None:
                 f"model.attention is {config.attention}, but {config.name!r} has no torch.nn.MultiheadAttention to "
                 "replace. Leave model.attention at sdpa."
             )
+    if config.channels_last:
+        model.visual.register_forward_pre_hook(_channels_last)
     if config.compile_image:
         model.visual.compile()
     if config.compile_text:
         text = getattr(model, "text", None)
         (text if isinstance(text, nn.Module) else model.transformer).compile()
+
+
+def _channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Reorder the pixels; a convolution follows its input. The weights stay as they are stored, for ZeRO and anchors."""
+    return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
 
 
 def native_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -167,6 +167,14 @@ def test_upgrade_measures_all_four_and_explains_impossible_moves(
     assert means["cost"] == pytest.approx(means["retrained"] - means["moved"])
     assert "contcoop: " in printed.err
     assert (out / "report" / "moves.png").stat().st_size > 5000
+    kept = {path: path.stat().st_mtime_ns for path in (out / "moves").glob("*.json")}
+    assert len(kept) == 2
+    run(sets, few, "--recipes", "coop", "--shots", "2", "--sets", "first", "--keep-weights", "--resume")
+    assert main(["upgrade", str(few), "--to", str(other), "--out", str(out)]) == 0  # one more module: only it is moved
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list((out / "moves").glob("*.json"))) == 3
+    assert main(["upgrade", str(few), "--to", str(tiny_folder), "--out", str(out)]) == 2
+    assert "holds another move" in capsys.readouterr().err
     assert main(["upgrade", str(few), "--to", "tiny-clip-v2", "--out", str(tmp_path / "no")]) == 2
     assert "has contexts of width 16" in capsys.readouterr().err.replace("the prompt ", "")
     assert main(["upgrade", str(tmp_path), "--to", "tiny-clip-v2"]) == 2

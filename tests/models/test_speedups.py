@@ -11,6 +11,7 @@ from torch import nn
 
 from ftfast.config.schema import ModelConfig
 from ftfast.errors import ConfigError, MissingExtraError
+from ftfast.models import load_model
 from ftfast.models.speedups import apply_speedups, native_attention, replace_attention, xformers_attention
 
 TOWERS = {
@@ -69,3 +70,23 @@ def test_compiled_towers_keep_names(monkeypatch: pytest.MonkeyPatch) -> None:
     apply_speedups(model, ModelConfig(compile_image=True, compile_text=True))
     assert compiled == ["VisionTransformer", "Transformer"]
     assert list(model.state_dict()) == names
+
+
+def test_channels_last_reaches_the_convolutions_of_copies_too_and_changes_nothing_stored() -> None:
+    model = load_model(ModelConfig(name="tiny-clip-v1")).model.double().eval()
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randn(3, 3, 64, 64, generator=generator, dtype=torch.float64)
+    expected = model.encode_image(images)
+    (wanted,) = torch.autograd.grad(expected.pow(3).sum(), model.visual.conv1.weight)
+    apply_speedups(model, ModelConfig(channels_last=True))
+    other = copy.deepcopy(model)
+    orders = []
+    other.visual.conv2.register_forward_hook(
+        lambda module, inputs, output: orders.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    found = other.encode_image(images)
+    (gradient,) = torch.autograd.grad(found.pow(3).sum(), other.visual.conv1.weight)
+    assert orders == [True]
+    assert all(parameter.is_contiguous() for parameter in other.parameters())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-9)
