@@ -48,7 +48,7 @@ def apply_speedups(model: Any, config: ModelConfig) -> None:
 
 
 def _channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Reorder the pixels; a convolution follows its input. The weights stay as they are stored, for ZeRO and anchors."""
+    """Reorder the pixels; convolutions follow their input. Weights stay as stored, for ZeRO and anchors."""
     return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
 
 
