@@ -38,6 +38,8 @@ class ModelConfig:
     """PyTorch's fused attention, xformers' (its release must match the installed PyTorch), or plain products."""
     channels_last: bool = False
     """Give the image tower pixels in channels-last order; convolutional towers are faster with them."""
+    trim_text: bool = False
+    """Leave out the padding behind the longest text of a batch: the same features in less time (CLIP's text tower)."""
     compile_image: bool = False
     """Compile the image tower with torch.compile."""
     compile_text: bool = False

@@ -15,6 +15,7 @@ from ftfast.engine.torch_engine import Engine, unit
 from ftfast.errors import TrainingError
 from ftfast.losses.distributed import gather_features
 from ftfast.models import LoadedModel
+from ftfast.models.speedups import trim_padding
 from ftfast.recipes import BatchSpec, Features, Plan, Term
 from ftfast.recipes.base import TextSource
 
@@ -203,5 +204,6 @@ class Objective:
         """Tokenize; the last list of each batch is remembered, since class prompts are the same at every step."""
         known = self._tokens.get(name)
         if known is None or known[0] != texts:
-            self._tokens[name] = known = (texts, self.tokenizer(list(texts)).to(self.engine.device))
+            tokens = trim_padding(self.engine.module.clip, self.tokenizer(list(texts)))
+            self._tokens[name] = known = (texts, tokens.to(self.engine.device))
         return known[1]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ftfast.data import Batch, ImageDataset, iterate_once
 from ftfast.errors import DataError
+from ftfast.models.speedups import trim_padding
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being embedded, items done, items in all)."""
@@ -177,7 +178,7 @@ def embed_texts(
     with inference_mode_of(model):
         encode: Any = model.encode_text
         for chunk in _chunks(list(texts), batch_size):
-            tokens = tokenizer(chunk).to(device)
+            tokens = trim_padding(model, tokenizer(chunk)).to(device)
             rows.append(_unit_rows(encode(tokens)))
             if progress is not None:
                 progress("texts", sum(len(part) for part in rows), len(texts))

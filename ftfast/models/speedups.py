@@ -1,4 +1,4 @@
-"""Who computes attention, in which order pixels are, and which towers are compiled."""
+"""Who computes attention, in which order pixels are, how long texts are, and which towers are compiled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.model import CLIP
+from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from ftfast.config.schema import ModelConfig
@@ -19,16 +21,17 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def apply_speedups(model: Any, config: ModelConfig) -> None:
-    """Choose the attention and the pixels' order of an open_clip model and compile its towers, in place.
+    """Choose how an open_clip model computes its features, in place.
 
     State dicts keep their names. Copies of a compiled model are not compiled.
 
     Args:
         model: open_clip model.
-        config: ``attention``, ``channels_last``, ``compile_image`` and ``compile_text``.
+        config: ``attention``, ``channels_last``, ``trim_text``, ``compile_image`` and ``compile_text``.
 
     Raises:
-        ConfigError: If the model has no attention that can be replaced, or xformers does not fit.
+        ConfigError: If the model has no attention that can be replaced, xformers does not fit, or texts cannot be
+            trimmed.
         MissingExtraError: If xformers is asked for and not installed.
     """
     if config.attention != "sdpa":
@@ -40,6 +43,17 @@ def apply_speedups(model: Any, config: ModelConfig) -> None:
             )
     if config.channels_last:
         model.visual.register_forward_pre_hook(_channels_last)
+    if config.trim_text:
+        if not accept_short_texts(model):
+            raise ConfigError(
+                f"model.trim_text is true, but the text tower of {config.name!r} is not CLIP's causal one, which never "
+                "looks at padding. Leave model.trim_text at false."
+            )
+        if config.compile_text:
+            raise ConfigError(
+                "model.trim_text and model.compile_text are both true: texts of many lengths would be "
+                "compiled again and again. Choose one."
+            )
     if config.compile_image:
         model.visual.compile()
     if config.compile_text:
@@ -50,6 +64,52 @@ def apply_speedups(model: Any, config: ModelConfig) -> None:
 def _channels_last(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Reorder the pixels; convolutions follow their input. Weights stay as stored, for ZeRO and anchors."""
     return (inputs[0].contiguous(memory_format=torch.channels_last), *inputs[1:])
+
+
+def accept_short_texts(model: Any) -> bool:
+    """Let an open_clip CLIP encode texts that are shorter than its context, if its text tower allows that.
+
+    The tower must be causal and take its feature at the end-of-text token: no padding behind it then reaches a feature.
+
+    Args:
+        model: Any open_clip model; ``encode_text`` is replaced.
+
+    Returns:
+        Whether texts may be short now; if not, the model is unchanged.
+    """
+    if not isinstance(model, CLIP) or model.attn_mask is None or model.text_pool_type not in ("argmax", "eos"):
+        return False
+    model.encode_text = types.MethodType(_encode_short_text, model)  # type: ignore[method-assign]
+    model.accepts_short_texts = True  # type: ignore[assignment]
+    return True
+
+
+def trim_padding(model: Any, tokens: Tensor) -> Tensor:
+    """Cut tokens behind the end of the longest text, for a model that ``accept_short_texts`` changed.
+
+    Args:
+        model: Any model; tokens of others are returned as they are.
+        tokens: (N, context length), better on the CPU: the length is read from the values.
+
+    Returns:
+        (N, length), a view.
+    """
+    if not getattr(model, "accepts_short_texts", False) or len(tokens) == 0:
+        return tokens
+    ends = tokens if model.text_pool_type == "argmax" else (tokens == model.text_eos_id).int()
+    return tokens[:, : int(ends.argmax(dim=-1).max()) + 1]
+
+
+def _encode_short_text(self: Any, text: Tensor, normalize: bool = False) -> Tensor:
+    """``CLIP.encode_text`` for texts of any length up to the context."""
+    length, dtype = text.shape[1], self.transformer.get_cast_dtype()
+    x = self.token_embedding(text).to(dtype) + self.positional_embedding[:length].to(dtype)
+    x = self.ln_final(self.transformer(x, attn_mask=self.attn_mask[:length, :length]))
+    x = text_global_pool(x, text, self.text_pool_type, eos_token_id=getattr(self, "text_eos_id", None))
+    if self.text_projection is not None:
+        linear = isinstance(self.text_projection, nn.Linear)
+        x = self.text_projection(x) if linear else x @ self.text_projection
+    return F.normalize(x, dim=-1) if normalize else x
 
 
 def native_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,7 +12,13 @@ from torch import nn
 from ftfast.config.schema import ModelConfig
 from ftfast.errors import ConfigError, MissingExtraError
 from ftfast.models import load_model
-from ftfast.models.speedups import apply_speedups, native_attention, replace_attention, xformers_attention
+from ftfast.models.speedups import (
+    apply_speedups,
+    native_attention,
+    replace_attention,
+    trim_padding,
+    xformers_attention,
+)
 
 TOWERS = {
     "embed_dim": 24,
@@ -90,3 +96,37 @@ def test_channels_last_reaches_the_convolutions_of_copies_too_and_changes_nothin
     assert all(parameter.is_contiguous() for parameter in other.parameters())
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pool", ["argmax", "eos"])
+def test_short_texts_give_the_features_and_gradients_of_padded_ones(pool: str) -> None:
+    model = built(CLIP)
+    model.text_pool_type, model.text_eos_id = pool, 49
+    tokens = torch.zeros(4, 9, dtype=torch.long)
+    for row, length in enumerate((1, 4, 5, 2)):
+        tokens[row, :length] = torch.arange(1, length + 1)
+        tokens[row, length] = 49  # end of text, the highest number
+    assert trim_padding(model, tokens).shape == (4, 9)  # not before the model accepts them
+    wanted = model.encode_text(tokens, normalize=True)
+    parameters = [p for name, p in model.named_parameters() if not name.startswith(("visual", "logit"))]
+    expected = torch.autograd.grad(wanted.pow(3).sum(), parameters)
+    apply_speedups(model, ModelConfig(trim_text=True))
+    other = copy.deepcopy(model)
+    short = trim_padding(other, tokens)
+    assert short.shape == (4, 6)
+    lengths = []
+    other.ln_final.register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    found = other.encode_text(short, normalize=True)
+    assert lengths == [6]  # the copy's own tower ran, not the original's
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.encode_text(tokens, normalize=True), wanted, rtol=1e-9, atol=1e-9)
+    parameters = [p for name, p in other.named_parameters() if not name.startswith(("visual", "logit"))]
+    torch.testing.assert_close(torch.autograd.grad(found.pow(3).sum(), parameters), expected, rtol=1e-9, atol=1e-9)
+    assert trim_padding(other, tokens[:0]).shape == (0, 9)
+
+
+def test_texts_that_cannot_be_trimmed_are_refused() -> None:
+    with pytest.raises(ConfigError, match="is not CLIP's causal one"):
+        apply_speedups(built(CustomTextCLIP), ModelConfig(trim_text=True))
+    with pytest.raises(ConfigError, match="compiled again and again"):
+        apply_speedups(built(CLIP), ModelConfig(trim_text=True, compile_text=True))
