@@ -11,10 +11,13 @@ EPOCHS = {"v1": 60, "v2": 90}
 AUGMENTATION = {"v1": "light", "v2": "strong"}
 """Augmentation of the shipped weights, by version."""
 
+TEXT_FROM = {"v1": "random", "v2": "tiny-clip-v1"}
+"""Where the text tower of the shipped weights starts: v2 descends from v1, as EVA-CLIP's text towers do from CLIP's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Train a tiny CLIP from scratch on the built-in drawings; the defaults are the recipe of the shipped weights."""
+    """Train a tiny CLIP on the built-in drawings; the defaults are the recipe of the shipped weights."""
 
     out: str
     """Folder to write: an open_clip folder with weights, configuration and model card."""
@@ -30,6 +33,10 @@ class PretrainConfig:
     """Decoupled weight decay of matrices and filters; token table, norms and biases are left alone."""
     label_smoothing: float = 0.0
     """Weight of the uniform target in the contrastive loss."""
+    text_from: Literal["auto", "random", "tiny-clip-v1"] = "auto"
+    """Weights that the text tower and its projection start from; auto: the recipe's (v1 random, v2 tiny-clip-v1)."""
+    text_lr: float = 0.3
+    """Learning rate of a text tower that starts from trained weights, in parts of lr."""
     augmentation: Literal["auto", "light", "strong"] = "auto"
     """How much the drawings are distorted; auto: the recipe's (v1 light, v2 strong)."""
     seed: int = 0

@@ -2,8 +2,9 @@
 
 Data: the "pairs/train" split, 1,490 named things, each in two of three hands. Loss: the fused multi-positive
 contrastive loss between the images of a batch and their names under random prompts; two drawings of one thing in a
-batch are positives of both names. Both towers start from random weights. Everything follows from the seed, on one
-machine and with one number of threads.
+batch are positives of both names. The image tower starts from random weights; so does v1's text tower, while v2's
+starts from v1's and learns at 0.3 of the rate, so that v2 is an update of v1 as EVA-CLIP is one of CLIP. Everything
+follows from the seed, on one machine and with one number of threads.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from ftfast.data.builtin import load_builtin
 from ftfast.data.builtin.augment import LIGHT, STRONG, Augmentation, augment
 from ftfast.errors import ConfigError, TrainingError
 from ftfast.kernels import clip_loss
+from ftfast.models.exporting import read_state
 from ftfast.models.tiny import BUILTIN_MODELS, IMAGE_SIZE, TEMPLATES, build_tiny, builtin_model_folder, save_tiny
 from ftfast.pretrain.exam import FEW_CLASSES, card_text, evaluate_tiny, measure, own_exam
-from ftfast.pretrain.settings import AUGMENTATION, EPOCHS, PretrainConfig
+from ftfast.pretrain.settings import AUGMENTATION, EPOCHS, TEXT_FROM, PretrainConfig
 
 _BETAS = (0.9, 0.98)
 _MAX_LOGIT_SCALE = 100.0
@@ -56,10 +58,11 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] | None = None) -
     started = time.monotonic()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = build_tiny(name)
+        model: Any = build_tiny(name)
+    inherited = _inherit_text(model, config)
     model.to(memory_format=torch.channels_last)
     say(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {_plan(config)}")
-    _train(model, config, say)
+    _train(model, config, inherited, say)
     out, command = Path(config.out), _command(config)
     save_tiny(out, name, model.state_dict(), card_text(name, command, None))
     scores = evaluate_tiny(out, config.smoke)  # as stored: rounding included
@@ -76,6 +79,7 @@ def _check(config: PretrainConfig) -> None:
             ("batch_size", config.batch_size, "at least 2", config.batch_size >= 2),
             ("lr", config.lr, "positive", config.lr > 0),
             ("weight_decay", config.weight_decay, "0 or more", config.weight_decay >= 0),
+            ("text_lr", config.text_lr, "positive", config.text_lr > 0),
             ("threads", config.threads, "0 (torch's default) or more", config.threads >= 0),
             ("log_every", config.log_every, "at least 1", config.log_every >= 1),
         )
@@ -107,12 +111,23 @@ def _plan(config: PretrainConfig) -> str:
     return f"{_epochs(config)} epochs, batch {config.batch_size}, lr {config.lr:.2e}, seed {config.seed}"
 
 
-def _train(model: Any, config: PretrainConfig, say: Callable[[str], None]) -> None:
+def _inherit_text(model: Any, config: PretrainConfig) -> frozenset[str]:
+    """Copy the text tower of another tiny CLIP; return the names of the parameters that were copied."""
+    source = TEXT_FROM[config.version] if config.text_from == "auto" else config.text_from
+    if source == "random" or (config.smoke and config.text_from == "auto"):
+        return frozenset()
+    state = read_state(builtin_model_folder(source))
+    text = {key: value for key, value in state.items() if not key.startswith("visual.") and key != "logit_scale"}
+    model.load_state_dict(text, strict=False)
+    return frozenset(text)
+
+
+def _train(model: Any, config: PretrainConfig, inherited: frozenset[str], say: Callable[[str], None]) -> None:
     images, labels, names = _training_data(config)
     exam = own_exam(model, config.smoke)
     tokens = _tokens(names, len(model.positional_embedding))
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = _optimizer(model, config)
+    optimizer = _optimizer(model, config, inherited)
     batch = min(config.batch_size, len(images))
     steps_per_epoch, epochs = len(images) // batch, _epochs(config)
     started, step = time.monotonic(), 0
@@ -123,7 +138,7 @@ def _train(model: Any, config: PretrainConfig, say: Callable[[str], None]) -> No
         for rows in order[: steps_per_epoch * batch].split(batch):
             rate = config.lr * _schedule(step, epochs * steps_per_epoch)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             total += _step(model, optimizer, (images[rows], labels[rows]), tokens, config, generator)
             step += 1
         if not math.isfinite(total):
@@ -204,13 +219,14 @@ def _tokens(names: tuple[str, ...], context_length: int) -> Tensor:
     return torch.stack([tokenizer([template.format(name) for name in names]) for template in TEMPLATES])
 
 
-def _optimizer(model: nn.Module, config: PretrainConfig) -> torch.optim.Optimizer:
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def _optimizer(model: nn.Module, config: PretrainConfig, inherited: frozenset[str]) -> torch.optim.Optimizer:
+    """AdamW in groups: decayed or not, and learning at the whole rate or, where inherited, at a share of it."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        (plain if parameter.ndim < 2 or "embedding" in name else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=_BETAS, fused=True)
+        decay = 0.0 if parameter.ndim < 2 or "embedding" in name else config.weight_decay
+        groups.setdefault((decay, config.text_lr if name in inherited else 1.0), []).append(parameter)
+    named = [{"params": each, "weight_decay": decay, "share": share} for (decay, share), each in groups.items()]
+    return torch.optim.AdamW(named, lr=config.lr, betas=_BETAS, fused=True)
 
 
 def _schedule(step: int, steps: int) -> float:
