@@ -138,13 +138,14 @@ def changed_settings(then: str, now: str) -> list[str]:
         now: YAML of the present one.
 
     Returns:
-        "key was X, now Y" for each setting that differs.
+        "key was X, now Y" for each setting that differs. A setting that an earlier version did not have was its default.
     """
-    old, new = _flatten(yaml.safe_load(then)), _flatten(yaml.safe_load(now))
+    default, old, new = (_flatten(yaml.safe_load(text)) for text in (to_yaml(TrainConfig()), then, now))
+    was = {key: old.get(key, default.get(key)) for key in {*old, *new}}
     return [
-        f"{key} was {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and not key.startswith(FREE_ON_RESUME)
+        f"{key} was {was[key]!r}, now {new.get(key)!r}"
+        for key in sorted(was)
+        if was[key] != new.get(key) and not key.startswith(FREE_ON_RESUME)
     ]
 
 

@@ -16,8 +16,9 @@ import torch
 import yaml
 from rich.console import Console
 
-from ftfast.config.resolve import resolve
+from ftfast.config.resolve import resolve, to_yaml
 from ftfast.config.schema import TrainConfig
+from ftfast.engine.folder import changed_settings
 from ftfast.engine.run import train
 from ftfast.errors import CheckpointError, ConfigError, TrainingError
 from ftfast.recipes import get_recipe
@@ -186,6 +187,16 @@ def test_existing_folder_and_changed_settings_are_refused(tiny_folder: Path, cla
     assert (foreign / "thesis.txt").read_text() == "precious"
     with pytest.raises(CheckpointError, match="there is no run to continue"):
         train(stranger, resume=True, console=QUIET)
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_was_its_default() -> None:
+    now = to_yaml(TrainConfig())
+    then = "".join(line for line in now.splitlines(keepends=True) if "trim_text:" not in line)
+    assert then != now
+    assert changed_settings(then, now) == []
+    other = now.replace("trim_text: false", "trim_text: true")
+    assert changed_settings(then, other) == ["model.trim_text was False, now True"]
+    assert changed_settings(other, then) == ["model.trim_text was True, now None"]
 
 
 def test_batch_larger_than_data_and_long_warmup(tiny_folder: Path, class_table: Path, tmp_path: Path) -> None:
