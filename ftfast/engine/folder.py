@@ -138,7 +138,7 @@ def changed_settings(then: str, now: str) -> list[str]:
         now: YAML of the present one.
 
     Returns:
-        "key was X, now Y" for each setting that differs. A setting that an earlier version did not have was its default.
+        "key was X, now Y" for each setting that differs; what an earlier version did not have was at its default.
     """
     default, old, new = (_flatten(yaml.safe_load(text)) for text in (to_yaml(TrainConfig()), then, now))
     was = {key: old.get(key, default.get(key)) for key in {*old, *new}}
