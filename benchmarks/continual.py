@@ -7,8 +7,8 @@
 Every method learns with the same learning rate, steps, batch and views (``builtin.yaml``); each has its own strength,
 chosen from a grid of the same size on a seed that is not among the reported ones.
 
-The start model is tiny-clip-v1's recipe at half its length, which the study pretrains first (three minutes): the shipped
-weights know the tasks' training drawings by heart, so that nothing is left to learn from them.
+The start model is tiny-clip-v1's recipe at half its length, which the study pretrains first (three minutes): the
+shipped weights know the tasks' training drawings by heart, so that nothing is left to learn from them.
 """
 
 from __future__ import annotations
