@@ -62,7 +62,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Row -> recipe and flags. ZSCL and GIFT see the same real drawings; the last row replays generated ones."""
 FAST = ("--precision", "amp_bf16", "--model.channels-last", "--model.trim-text")
-"""A third of the time on processors with bfloat16 arithmetic; the same for every method."""
+"""Less time on processors with bfloat16 arithmetic; the same for every method."""
 PEERS = ("finetune", "lwf", "ewc-online", "zscl")
 COMPARED = (*PEERS, "gift")
 TUNING_ORDER = "activities,smileys,symbols,travel"

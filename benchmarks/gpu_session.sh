@@ -4,22 +4,22 @@
 # Steps go on after a failure; the last line names those that failed. SMOKE=1 runs tiny sizes, also without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT=${1:-benchmarks/results}
+RECORDS=${1:-benchmarks/results}
 PYTHON=${PYTHON:-python3}
 SMOKE=${SMOKE:+--smoke}
-mkdir -p "$OUT"
+mkdir -p "$RECORDS"
 failed=()
 
 step() {
   local name=$1
   shift
   echo "== $name: $*"
-  timeout "${STEP_SECONDS:-420}" "$@" 2>&1 | tee "$OUT/gpu_$name.log" || failed+=("$name")
+  timeout "${STEP_SECONDS:-420}" "$@" 2>&1 | tee "$RECORDS/gpu_$name.log" || failed+=("$name")
 }
 
 step doctor "$PYTHON" -m ftfast doctor
 step tests "$PYTHON" -m pytest -q -m gpu tests
-step losses "$PYTHON" -m benchmarks losses ${SMOKE:-} --out "$OUT"
+step losses "$PYTHON" -m benchmarks losses ${SMOKE:-} --out "$RECORDS"
 step topk "$PYTHON" -m benchmarks topk ${SMOKE:-}
 step weightspace "$PYTHON" -m benchmarks weightspace ${SMOKE:-}
 # A training step of one GPU: dense and fused loss, and the largest batch that each survives; g/14 through ZeRO.
@@ -33,7 +33,7 @@ train vit_b16 ViT-B-16 --batch 256 --precision amp_bf16
 train vit_l14 ViT-L-14 --batch 128 --precision amp_bf16 --grad-checkpointing
 train vit_g14 ViT-g-14 --batch 64 --precision pure_bf16 --zero 1 --grad-checkpointing
 step plot "$PYTHON" -m benchmarks plot
-[ "$OUT" = benchmarks/results ] || cp benchmarks/results/*_cuda.json benchmarks/results/*.png "$OUT" 2>/dev/null
+[ "$RECORDS" = benchmarks/results ] || cp benchmarks/results/*_cuda.json benchmarks/results/*.png "$RECORDS" 2>/dev/null
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"
   exit 1

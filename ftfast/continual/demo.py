@@ -25,7 +25,7 @@ from ftfast.evaluation.results import write_atomically
 
 BASELINE = "finetune"
 BRIEF = ("--lr", "1e-3", "--max-steps", "24", "--model.channels-last", "--model.trim-text")
-"""A few minutes: a fifth of the steps at a rate at which forgetting shows all the same."""
+"""A few minutes: fewer steps than the tasks file has, at a rate at which forgetting shows all the same."""
 
 
 @dataclass

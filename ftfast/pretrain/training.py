@@ -27,6 +27,7 @@ from ftfast.data.builtin.augment import LIGHT, STRONG, Augmentation, augment
 from ftfast.errors import ConfigError, TrainingError
 from ftfast.kernels import clip_loss
 from ftfast.models.exporting import read_state
+from ftfast.models.speedups import accept_short_texts, trim_padding
 from ftfast.models.tiny import BUILTIN_MODELS, IMAGE_SIZE, TEMPLATES, build_tiny, builtin_model_folder, save_tiny
 from ftfast.pretrain.exam import FEW_CLASSES, card_text, evaluate_tiny, measure, own_exam
 from ftfast.pretrain.settings import AUGMENTATION, EPOCHS, TEXT_FROM, PretrainConfig
@@ -60,6 +61,7 @@ def pretrain(config: PretrainConfig, say: Callable[[str], None] | None = None) -
         torch.manual_seed(config.seed)
         model: Any = build_tiny(name)
     inherited = _inherit_text(model, config)
+    accept_short_texts(model)
     model.to(memory_format=torch.channels_last)
     say(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {_plan(config)}")
     _train(model, config, inherited, say)
@@ -168,7 +170,7 @@ def _step(
         image_features = model.encode_image(pixels.contiguous(memory_format=torch.channels_last))
     loss = clip_loss(
         F.normalize(image_features.float(), dim=-1),
-        F.normalize(encode_prompts(model, tokens[prompts, labels]), dim=-1),
+        model.encode_text(trim_padding(model, tokens[prompts, labels]), normalize=True),
         model.logit_scale.exp(),
         labels=labels,
         label_smoothing=config.label_smoothing,
@@ -180,25 +182,6 @@ def _step(
     with torch.no_grad():
         model.logit_scale.clamp_(0, math.log(_MAX_LOGIT_SCALE))
     return loss.item()
-
-
-def encode_prompts(model: Any, tokens: Tensor) -> Tensor:
-    """Text features of short prompts without computing their padding; equal to ``model.encode_text``.
-
-    The text tower is causal, so what follows the end-of-text token never reaches it: prompts are cut to the longest.
-
-    Args:
-        model: A built-in tiny CLIP.
-        tokens: int64 (N, context length).
-
-    Returns:
-        (N, D), not normalised.
-    """
-    length = int((tokens > 0).sum(1).max())
-    short = tokens[:, :length]
-    hidden = model.token_embedding(short) + model.positional_embedding[:length]
-    hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:length, :length]))
-    return hidden[torch.arange(len(short)), short.argmax(1)] @ model.text_projection
 
 
 def _training_data(config: PretrainConfig) -> tuple[Tensor, Tensor, tuple[str, ...]]:

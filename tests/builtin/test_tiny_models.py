@@ -11,9 +11,10 @@ import torch
 
 from ftfast.data.builtin import load_builtin
 from ftfast.errors import ConfigError, ModelError
+from ftfast.models.speedups import accept_short_texts, trim_padding
 from ftfast.models.tiny import BUILTIN_MODELS, TEMPLATES, build_tiny, builtin_model_folder, save_tiny, tiny_config
 from ftfast.pretrain.exam import EVALUATION_TEMPLATE
-from ftfast.pretrain.training import PretrainConfig, encode_prompts, pretrain
+from ftfast.pretrain.training import PretrainConfig, pretrain
 
 PLAIN_OPEN_CLIP = """
 import json, sys
@@ -131,7 +132,11 @@ def test_cut_prompts_equal_the_full_text_tower():
     model = build_tiny("tiny-clip-v1").double().eval()
     tokens = SimpleTokenizer(context_length=24)([template.format("T-Rex") for template in TEMPLATES])
     with torch.no_grad():
-        torch.testing.assert_close(encode_prompts(model, tokens), model.encode_text(tokens), rtol=1e-9, atol=1e-12)
+        whole = model.encode_text(tokens)
+        assert accept_short_texts(model)
+        short = trim_padding(model, tokens)
+        assert short.shape[1] < tokens.shape[1]
+        torch.testing.assert_close(model.encode_text(short), whole, rtol=1e-9, atol=1e-12)
 
 
 def test_smoke_run_writes_a_model_twice_the_same(tmp_path):
