@@ -59,6 +59,7 @@ METHODS: dict[str, Method] = {
     "gift": Method(anchor=True, importance=True, live_teacher=True),
     "zscl": Method(anchor=True, live_teacher=True, batches=2),
     "ewc-online": Method(anchor=True, importance=True),
+    "icarl": Method(live_teacher=True, batches=2),
 }
 """Recipes a plan can be made for."""
 

@@ -20,7 +20,7 @@ Learn tasks one after the other; after each, measure all of them, learned or not
   ftfast continual mtil --check --data-root /data
   ftfast continual tasks.yaml --recipe zscl --model ViT-B-16 --pretrained openai
 
-  --recipe NAME         Method (gift, zscl, lwf, ewc-online, wise-ft, finetune, ...); default gift.
+  --recipe NAME         Method (gift, zscl, lwf, ewc-online, icarl, wise-ft, finetune, ...); default gift.
   --order NAME          Order from the file, or task names separated by commas.
   --seeds 0,1,2         Seeds; several give means and spreads.
   --steps N             Number of steps of a class-incremental sequence.

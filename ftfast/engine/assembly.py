@@ -218,6 +218,8 @@ def assemble(config: TrainConfig, history: History | None = None, processes: Pro
     torch.manual_seed(config.seed)
     options = config.options if config.options is not None else recipe.options()
     plan = recipe.build(Context(loaded, datasets, options, config.seed, history))
+    if plan.memory is not None:
+        datasets["memory"] = plan.memory
     plan.heads.to(device)
     require_trainable(loaded, plan, config)
     loaders = build_loaders(plan, datasets, loaded, config, processes)
@@ -278,19 +280,21 @@ def build_loaders(
     loaders: dict[str, BatchLoader] = {}
     processes = processes or Processes()
     for number, spec in enumerate(plan.batches):
-        dataset = datasets[spec.source]
-        if config.train.batch_size * processes.world_size > len(dataset):
+        dataset, batch_size = datasets[spec.source], config.train.batch_size
+        if spec.source == "memory":
+            batch_size = min(batch_size, max(1, len(dataset) // processes.world_size))
+        if batch_size * processes.world_size > len(dataset):
             key = "data" if spec.source == "data" else "generic"
             several = f" in each of {processes.world_size} processes" if processes.several else ""
             raise ConfigError(
-                f"train.batch_size is {config.train.batch_size}{several}, but {key} has only {len(dataset):,} images "
+                f"train.batch_size is {batch_size}{several}, but {key} has only {len(dataset):,} images "
                 f"({dataset.description}). "
                 f"Use --batch-size {max(1, len(dataset) // 2 // processes.world_size)} or less."
             )
         loaders[spec.source] = make_loader(
             dataset,
             train_transform(loaded.preprocess_config, spec.view),
-            batch_size=config.train.batch_size,
+            batch_size=batch_size,
             seed=config.seed * 1000 + number,
             workers=config.train.workers,
             options=LoaderOptions(rank=processes.rank, world_size=processes.world_size),

@@ -28,6 +28,7 @@ RECIPE_MODULES = {
     "gift": "gift",
     "zscl": "zscl",
     "ewc-online": "ewc_online",
+    "icarl": "icarl",
     "clip-cite": "clip_cite",
     "coop": "coop",
     "cocoop": "cocoop",
@@ -86,7 +87,7 @@ class BatchSpec:
 
     Attributes:
         name: Name terms refer to.
-        source: Which data source of the configuration it is drawn from.
+        source: Which data source of the configuration it is drawn from; "memory": ``Plan.memory``.
         view: Training view, a kind of ``ftfast.data.transforms``.
         texts: Texts to encode; None: the text tower is not run.
         teacher: "cached_image": evaluation-view embeddings by image index (methods A2); "live": the frozen start
@@ -99,7 +100,7 @@ class BatchSpec:
     """
 
     name: str
-    source: Literal["data", "generic"] = "data"
+    source: Literal["data", "generic", "memory"] = "data"
     view: View = "resize_crop"
     texts: TextSource | None = None
     teacher: Literal["", "cached_image", "live", "initial"] = ""
@@ -148,6 +149,8 @@ class Plan:
             it (weight ensemble); 0: end with the last weights.
         carry: Called with nothing once the kept weights are in the model; returns the tensors that the next task's
             :class:`History` holds.
+        memory: Images kept from earlier tasks, for batches whose source is "memory"; a batch takes ``train.batch_size``
+            of them, or all if there are fewer.
         classify: Scores images for class names with what was trained beside the CLIP; None: by class prompts.
         export: Writes what was trained beside a CLIP that stays as it is (learned prompts) into a folder; such a plan
             may leave every weight of the CLIP frozen.
@@ -163,6 +166,7 @@ class Plan:
     importance_steps: int = 0
     average_every: int = 0
     carry: Callable[[], dict[str, Tensor]] | None = None
+    memory: ImageDataset | None = None
     classify: Classify | None = None
     export: Callable[[Path], None] | None = None
 

@@ -177,7 +177,7 @@ def test_killed_inside_a_task_and_between_tasks_gives_the_same_matrix(finished, 
     assert_same_weights(again, finished.folder)
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "lwf", "ewc-online", "wise-ft", "zscl"])
+@pytest.mark.parametrize("recipe", ["finetune", "lwf", "ewc-online", "icarl", "wise-ft", "zscl"])
 def test_peers_run_in_the_same_driver(world: Path, tmp_path: Path, recipe: str) -> None:
     result = go(world, tmp_path / "run", recipe, order="dark,bright", overrides=("--max-steps", "2"))
     assert result.runs[0].accuracy.shape == (2, 2)
@@ -185,7 +185,8 @@ def test_peers_run_in_the_same_driver(world: Path, tmp_path: Path, recipe: str) 
     assert "label_smoothing: 0.2" in text
     assert ("loss: class_prompts" in text) == (recipe in ("finetune", "wise-ft"))
     assert ("average_every: 2" in text) == (recipe == "zscl")
-    assert (tmp_path / "run" / "seed0" / "02_bright" / "carried.safetensors").exists() == (recipe == "ewc-online")
+    carried = tmp_path / "run" / "seed0" / "02_bright" / "carried.safetensors"
+    assert carried.exists() == (recipe in ("ewc-online", "icarl"))
 
 
 def test_class_incremental_steps_measure_the_classes_seen(world: Path, tiny_folder: Path, tmp_path: Path) -> None:
