@@ -7,17 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ftfast import kernels
-from ftfast.recipes.base import (
-    BatchSpec,
-    Context,
-    Features,
-    Paper,
-    Plan,
-    Recipe,
-    Term,
-    View,
-    class_prompts_source,
-)
+from ftfast.recipes.base import BatchSpec, Context, Features, Paper, Plan, Recipe, Term, View, class_prompts_source
 from ftfast.recipes.exemplars import Exemplars, choose_exemplars
 from ftfast.recipes.task_loss import build_task
 
@@ -72,37 +62,23 @@ def build(context: Context) -> Plan:
             options=distillation,
         )
 
-    return Plan(
-        batches=(
-            task.batch,
-            BatchSpec(
-                name="memory",
-                source="memory",
-                view=options.view,
-                texts=class_prompts_source(memory),
-                teacher="live",
-            ),
-        ),
-        terms=(
-            task.term,
-            Term(
-                name="replay",
-                on="memory",
-                loss=replay_loss,
-                weight=options.replay_weight,
-                source="iCaRL, representation update: classification of exemplars",
-            ),
-            Term(
-                name="distill",
-                on="memory",
-                loss=distill_loss,
-                weight=options.distill_weight,
-                source="iCaRL, representation update: outputs of the previous model; T^2 soft CE",
-            ),
-        ),
-        memory=memory,
-        carry=carry,
+    replay = Term(
+        name="replay",
+        on="memory",
+        loss=replay_loss,
+        weight=options.replay_weight,
+        source="iCaRL, representation update: classification of exemplars",
     )
+    distill = Term(
+        name="distill",
+        on="memory",
+        loss=distill_loss,
+        weight=options.distill_weight,
+        source="iCaRL, representation update: outputs of the previous model; T^2 soft CE",
+    )
+    texts = class_prompts_source(memory)
+    batch = BatchSpec(name="memory", source="memory", view=options.view, texts=texts, teacher="live")
+    return Plan(batches=(task.batch, batch), terms=(task.term, replay, distill), memory=memory, carry=carry)
 
 
 RECIPE = Recipe(
