@@ -117,13 +117,14 @@ def choose_exemplars(
 
     pixels, kept = [], []
     for number, prompt in enumerate(prompts):
-        images = [before.pixels[row] for row in np.flatnonzero(before.labels == number).tolist()]
-        if prompt not in before.prompts:
+        if prompt in before.prompts:
+            images = [before.pixels[row] for row in np.flatnonzero(before.labels == number)[:each].tolist()]
+        else:
             places = torch.nonzero(torch.tensor([own[label] == prompt for label in labels.tolist()])).flatten()
             order = herd(features[places], each) if len(places) else []
             images = [_pixels(dataset, int(indices[places[row]]), loaded.image_size) for row in order]
-        pixels += images[:each]
-        kept += [number] * len(images[:each])
+        pixels += images
+        kept += [number] * len(images)
     return Exemplars(pixels, np.array(kept, dtype=np.int64), prompts)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ftfast import kernels
 from ftfast.recipes.base import BatchSpec, Context, Features, Paper, Plan, Recipe, Term, View, class_prompts_source
 from ftfast.recipes.exemplars import Exemplars, choose_exemplars
-from ftfast.recipes.task_loss import build_task
+from ftfast.recipes.task_loss import build_task, class_distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +43,10 @@ def build(context: Context) -> Plan:
     if not before.prompts:
         return Plan(batches=(task.batch,), terms=(task.term,), carry=carry)
     memory = before.as_dataset()
-    distillation = kernels.DistillOptions(
-        kind="soft_cross_entropy", temperature=options.temperature, directions="image"
-    )
 
     def replay_loss(features: Features) -> Tensor:
         """Classify exemplars among all classes of earlier tasks."""
         return kernels.classification_loss(features.image, features.text, features.batch.labels, features.logit_scale)
-
-    def distill_loss(features: Features) -> Tensor:
-        """Keep the class probabilities of the model before the task."""
-        return kernels.similarity_distillation_loss(
-            features.image,
-            features.text,
-            features.teacher_image,
-            features.teacher_text,
-            features.logit_scale,
-            options=distillation,
-        )
 
     replay = Term(
         name="replay",
@@ -72,7 +58,7 @@ def build(context: Context) -> Plan:
     distill = Term(
         name="distill",
         on="memory",
-        loss=distill_loss,
+        loss=class_distillation(options.temperature),
         weight=options.distill_weight,
         source="iCaRL, representation update: outputs of the previous model; T^2 soft CE",
     )

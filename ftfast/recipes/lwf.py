@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ftfast import kernels
-from ftfast.recipes.base import Context, Features, Paper, Plan, Recipe, Term, View
-from ftfast.recipes.task_loss import build_task
+from ftfast.recipes.base import Context, Paper, Plan, Recipe, Term, View
+from ftfast.recipes.task_loss import build_task, class_distillation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,26 +28,10 @@ def build(context: Context) -> Plan:
     task = build_task(
         context, "class_prompts", label_smoothing=options.label_smoothing, view=options.view, teacher="live"
     )
-
-    distillation_options = kernels.DistillOptions(
-        kind="soft_cross_entropy", temperature=options.temperature, directions="image"
-    )
-
-    def distillation(features: Features) -> Tensor:
-        """Compare the similarities of the model with those of its teacher."""
-        return kernels.similarity_distillation_loss(
-            features.image,
-            features.text,
-            features.teacher_image,
-            features.teacher_text,
-            features.logit_scale,
-            options=distillation_options,
-        )
-
     term = Term(
         name="distill",
         on="task",
-        loss=distillation,
+        loss=class_distillation(options.temperature),
         weight=options.distill_weight,
         source="LwF: T^2 CE(softmax(teacher/T), student/T) over the task's class prompts",
     )

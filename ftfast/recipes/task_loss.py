@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -94,6 +95,26 @@ def build_task(
         ),
         heads=nn.ModuleDict({"classifier": head}),
     )
+
+
+def class_distillation(temperature: float) -> Callable[[Features], Tensor]:
+    """Keep the teacher's class probabilities of each image: T^2 CE(softmax(teacher / T), student / T).
+
+    Args:
+        temperature: T.
+
+    Returns:
+        Loss on a batch with class prompts and a live teacher.
+    """
+    settings = kernels.DistillOptions(kind="soft_cross_entropy", temperature=temperature, directions="image")
+
+    def distillation(f: Features) -> Tensor:
+        """Compare the similarities of the model with those of its teacher."""
+        return kernels.similarity_distillation_loss(
+            f.image, f.text, f.teacher_image, f.teacher_text, f.logit_scale, options=settings
+        )
+
+    return distillation
 
 
 def _class_prompts_task(
