@@ -104,6 +104,7 @@ def test_control_c_stops_a_search():
     code = """
         import os, signal, threading, time, torch
         from ftfast.search import topk
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
         torch.set_num_threads(2)
         q, x = torch.randn(4000, 512), torch.randn(150000, 512)
         topk(q[:1], x[:100], 1)
